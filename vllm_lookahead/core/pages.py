@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-resident state: one page per physical KV block.
+
+A page holds what lookahead knows *at* that block: the tokens whose K/V lies in
+its slots, the n-grams harvested while the request's tail was in it, and the
+Jacobi window. Requests own no state. They find pages through their own block
+table, so sharing, eviction, preemption and isolation are those of the KV cache.
+
+The tail block of a request at root position p is the block of position p-1, the
+last token whose K/V is final. Pages are hints: a stale one costs speed, never a
+token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_lookahead.params import LookaheadParams
+
+EMPTY = -1
+
+
+@dataclass
+class BlockPages:
+    """The pages of all `num_blocks` physical blocks. EMPTY marks an unused cell.
+
+    Attributes:
+        tokens: [num_blocks, block_size] int32, token whose K/V is in the slot.
+            Read as one sequence through a block table, it is the request's
+            history: every n-gram of prompt and output, of any length.
+        ring: [num_blocks, ring_size, N+1] int32, Jacobi n-grams as
+            (token before the key, key, N-1 values), the oldest overwritten.
+        ring_count: [num_blocks] int32, n-grams ever put into the block's ring.
+        window: [num_blocks, N-1, W] int32, the Jacobi window; (0, 0) is unused,
+            its place is the root's.
+    """
+
+    tokens: torch.Tensor
+    ring: torch.Tensor
+    ring_count: torch.Tensor
+    window: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        params: LookaheadParams,
+        device: torch.device | str = "cpu",
+    ) -> "BlockPages":
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.full(shape, EMPTY, dtype=torch.int32, device=device)
+
+        n, w = params.ngram_size, params.window_size
+        return cls(
+            tokens=empty(num_blocks, block_size),
+            ring=empty(num_blocks, ring_size(block_size, params), n + 1),
+            ring_count=torch.zeros(num_blocks, dtype=torch.int32, device=device),
+            window=empty(num_blocks, n - 1, w),
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.tokens.shape[1]
+
+    def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Pages follow their blocks when vLLM copies K/V. src, dst: [n] int64."""
+        for page in (self.tokens, self.ring, self.ring_count, self.window):
+            page[dst] = page[src]
+
+
+def ring_size(block_size: int, params: LookaheadParams) -> int:
+    """Entries of a block's ring: one per slot, and at least one harvest."""
+    return max(block_size, params.window_size) if params.window_size else 0
+
+
+def page_bytes(block_size: int, params: LookaheadParams) -> int:
+    """Bytes that one block's page takes; the KV budget gives them up."""
+    n, w = params.ngram_size, params.window_size
+    cells = block_size + ring_size(block_size, params) * (n + 1) + 1 + (n - 1) * w
+    return 4 * cells
+
+
+def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Record tokens in the slots that now hold their K/V.
+
+    A block whose first slot is written has a new owner: its ring and window are
+    emptied, so that nothing of the previous owner remains visible.
+
+    Args:
+        pages: written in place.
+        slots: [n] int64, physical slots; negative ones are skipped.
+        tokens: [n] int32 or int64.
+    """
+    keep = slots >= 0
+    slots, tokens = slots[keep], tokens[keep]
+    pages.tokens.view(-1)[slots] = tokens.to(torch.int32)
+    fresh = slots[slots % pages.block_size == 0] // pages.block_size
+    pages.ring[fresh] = EMPTY
+    pages.ring_count[fresh] = 0
+    pages.window[fresh] = EMPTY

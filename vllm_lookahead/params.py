@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three numbers of lookahead decoding, and their per-request overrides.
+
+Fu et al. 2024, "Break the Sequential Dependency of LLM Inference Using
+Lookahead Decoding", section 3: window size W, n-gram size N, and verification
+set size G. Imports neither torch nor vLLM.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Inclusive ranges, by the name that a user types.
+RANGES: dict[str, tuple[int, int]] = {
+    "window_size": (0, 64),
+    "ngram_size": (2, 16),
+    "verification_set_size": (0, 64),
+}
+MAX_TREE_NODES = 512
+
+REQUEST_SWITCH = "lookahead"
+REQUEST_PREFIX = "lookahead_"
+
+
+@dataclass(frozen=True)
+class LookaheadParams:
+    """Sizes of one request's draft tree.
+
+    Attributes:
+        window_size: W, columns of the Jacobi window; 0 leaves the window out
+            and drafts from the n-gram pool alone.
+        ngram_size: N; a pool entry is a key token and N-1 values. At most N
+            tokens are emitted per step.
+        verification_set_size: G, most candidate n-grams verified in a step.
+    """
+
+    window_size: int
+    ngram_size: int
+    verification_set_size: int
+
+    def __post_init__(self) -> None:
+        for name in RANGES:
+            check_range(name, getattr(self, name), *RANGES[name])
+        if self.max_tree_size > MAX_TREE_NODES:
+            raise ValueError(
+                f"window_size={self.window_size}, ngram_size={self.ngram_size}, "
+                f"verification_set_size={self.verification_set_size} make a draft "
+                f"tree of {self.max_tree_size} tokens; at most {MAX_TREE_NODES} "
+                "are supported: lower one of the three"
+            )
+
+    @property
+    def max_candidate_nodes(self) -> int:
+        return self.verification_set_size * (self.ngram_size - 1)
+
+    @property
+    def max_window_nodes(self) -> int:
+        """Window nodes other than the root, which is its node (0, 0)."""
+        return max(0, self.window_size * (self.ngram_size - 1) - 1)
+
+    @property
+    def max_tree_size(self) -> int:
+        """T: the most tokens that one step feeds for one request."""
+        return 1 + self.max_candidate_nodes + self.max_window_nodes
+
+
+def check_range(name: str, value: Any, low: int, high: int) -> int:
+    """Return `value` as an int, or raise ValueError naming option and range."""
+    is_whole = isinstance(value, int) or (
+        isinstance(value, float) and value.is_integer()
+    )
+    if not is_whole or not low <= value <= high:
+        raise ValueError(
+            f"{name}={value!r} is not allowed: it must be a whole number "
+            f"from {low} to {high}"
+        )
+    return int(value)
+
+
+def request_params(
+    extra_args: Mapping[str, Any] | None, server: LookaheadParams
+) -> LookaheadParams | None:
+    """The sizes that one request runs with.
+
+    Args:
+        extra_args: `SamplingParams.extra_args` (over HTTP: `vllm_xargs`). Keys
+            read: "lookahead" (0 or 1) and "lookahead_<size>" for each size of
+            `LookaheadParams`, at most the server's.
+        server: the sizes the server was started with.
+
+    Returns:
+        The request's sizes, or None when the request is switched off.
+
+    Raises:
+        ValueError: an unknown `lookahead_*` key, or a value out of range.
+    """
+    if not extra_args:
+        return server
+    sizes: dict[str, int] = {}
+    for key, value in extra_args.items():
+        if not key.startswith(REQUEST_PREFIX):
+            continue
+        name = key.removeprefix(REQUEST_PREFIX)
+        if name not in RANGES:
+            known = ", ".join([REQUEST_SWITCH, *(REQUEST_PREFIX + n for n in RANGES)])
+            raise ValueError(f"unknown option {key}={value!r}: use one of {known}")
+        low, high = RANGES[name][0], getattr(server, name)
+        sizes[name] = check_range(key, value, low, high)
+    on = check_range(REQUEST_SWITCH, extra_args.get(REQUEST_SWITCH, 1), 0, 1)
+    if not on:
+        return None
+    if not sizes:
+        return server
+    return LookaheadParams(
+        **{name: sizes.get(name, getattr(server, name)) for name in RANGES}
+    )
