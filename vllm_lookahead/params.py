@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+METHOD = "lookahead"  # of vLLM's `speculative_config`
+
 # Inclusive ranges, by the name that a user types.
 RANGES: dict[str, tuple[int, int]] = {
     "window_size": (0, 64),

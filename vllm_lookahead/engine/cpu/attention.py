@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU attention that knows draft trees.
+
+vLLM's C++ kernel serves every row: prompts, plain decodes, and trees that are one
+chain, for which causal order is tree order. Trees that branch are attended again
+here, over the same paged cache, with the ancestor mask.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+# How the C++ kernels of this ISA pack a block; see `kv_views`.
+REQUIRED_ISA = "vec"
+
+
+@dataclass
+class TreeRows:
+    """One branching tree's rows of the flat batch.
+
+    Attributes:
+        rows: the T tokens of the tree in the flat batch.
+        blocks: [n] int64, physical blocks of positions 0 to p+T-1.
+        bias: [g*T, p+T] float32, 0 where a node sees a slot, else -inf; once for
+            each of the g query heads of a K/V head.
+    """
+
+    rows: slice
+    blocks: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass
+class LookaheadAttentionMetadata(CPUAttentionMetadata):
+    trees: list[TreeRows] = field(default_factory=list)
+
+
+class LookaheadAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LookaheadAttentionMetadata:
+        plain = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return LookaheadAttentionMetadata(**vars(plain))
+
+    def _set_isa_to_layers(self, layer_names: list[str]) -> None:
+        # AMX packs K in tiles of its own; trees read the plain packing.
+        if self.isa == "amx":
+            self.isa = REQUIRED_ISA
+        if self.isa != REQUIRED_ISA:
+            raise ValueError(
+                f"lookahead on a CPU cannot read the K/V packing {self.isa!r} "
+                f"(block_size={self.block_size}, head_size={self.head_dim}): use a "
+                "block_size that is a multiple of 32 and a model whose head size is"
+            )
+        super()._set_isa_to_layers(layer_names)
+
+
+class LookaheadAttentionImpl(CPUAttentionBackendImpl):
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LookaheadAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+        if attn_metadata is not None and attn_metadata.trees:
+            keys, values = kv_views(kv_cache)
+            out = output.view(query.shape)
+            for tree in attn_metadata.trees:
+                out[tree.rows] = tree_attention(
+                    query[tree.rows], keys, values, tree, self.scale
+                )
+        return output
+
+
+class LookaheadAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return LookaheadAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        return LookaheadAttentionMetadataBuilder
+
+
+def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a layer as the C++ kernels pack them.
+
+    A block holds K as [head_size, block_size], ready for q @ K, and V as
+    [block_size, head_size].
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+
+    Returns:
+        keys: [num_blocks, num_kv_heads, head_size, block_size].
+        values: [num_blocks, num_kv_heads, block_size, head_size].
+    """
+    num_blocks, heads, block_size, both = kv_cache.shape
+    halves = kv_cache.view(num_blocks, heads, 2, block_size * both // 2)
+    keys = halves[:, :, 0].unflatten(-1, (both // 2, block_size))
+    return keys, halves[:, :, 1].unflatten(-1, (block_size, both // 2))
+
+
+def slot_views(kv_cache: torch.Tensor) -> list[torch.Tensor]:
+    """K and V of a layer as [num_blocks, block_size, ...], for compaction."""
+    keys, values = kv_views(kv_cache)
+    return [keys.permute(0, 3, 1, 2), values.permute(0, 2, 1, 3)]
+
+
+def tree_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tree: TreeRows,
+    scale: float,
+) -> torch.Tensor:
+    """Attend one tree over its context and itself.
+
+    Args:
+        query: [T, num_heads, head_size].
+        keys, values: as `kv_views` gives them.
+        tree: where the K/V lies and who sees what.
+        scale: softmax scale.
+
+    Returns:
+        [T, num_heads, head_size].
+    """
+    num_nodes, num_heads, head_size = query.shape
+    kv_heads, length = keys.shape[1], tree.bias.shape[1]
+    group = num_heads // kv_heads
+
+    # Slots beyond the tree are cut off, not masked: a NaN there would spread.
+    k = keys[tree.blocks].permute(1, 2, 0, 3).flatten(2)[..., :length]
+    v = values[tree.blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+    q = query.view(num_nodes, kv_heads, group, head_size).permute(1, 2, 0, 3)
+    q = q.reshape(kv_heads, group * num_nodes, head_size)
+    bias = tree.bias.expand(kv_heads, -1, -1)
+    scores = torch.baddbmm(bias, q.float(), k.float(), alpha=scale)
+    out = scores.softmax(-1) @ v.float()
+    out = out.view(kv_heads, group, num_nodes, head_size).permute(2, 0, 1, 3)
+    return out.reshape(query.shape).to(query.dtype)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V1 model runner, widened.
+
+The scheduler sends each drafting request N-1 placeholders. The runner replaces
+them with a draft tree before vLLM prepares its inputs, samples along the tree, and
+hands vLLM the tokens that were emitted. Everything else is plain vLLM.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_lookahead.core.ops import LookaheadOps, TorchOps
+from vllm_lookahead.core.pages import BlockPages, page_bytes
+from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.engine.cpu.attention import slot_views
+from vllm_lookahead.engine.cpu.sampling import sample_along_trees
+from vllm_lookahead.engine.cpu.step import TreeStep
+from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
+from vllm_lookahead.params import LookaheadParams, request_params
+
+logger = init_logger(__name__)
+
+
+class LookaheadCPUModelRunner(CPUModelRunner):
+    """CPUModelRunner that feeds draft trees.
+
+    Attributes:
+        params: the server's sizes.
+        pages: block-resident state, allocated with the K/V cache.
+        step: the trees of the step in flight, None in a step without any.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, params: LookaheadParams):
+        super().__init__(vllm_config, device)
+        self.params = params
+        self.ops: LookaheadOps = TorchOps()
+        self.pages: BlockPages
+        self.step: TreeStep | None = None
+        self.request_params: dict[str, LookaheadParams] = {}
+        g, n = params.verification_set_size, params.ngram_size
+        self.chain_length = torch.full((MAX_CONTEXT + 1, g), n - 1, dtype=torch.int32)
+
+    def page_share(self) -> float:
+        """The part of K/V memory that pages take."""
+        specs = self.get_kv_cache_spec().values()
+        kv_bytes = sum(spec.page_size_bytes for spec in specs)
+        block_size = next(iter(specs)).block_size
+        pages = page_bytes(block_size, self.params)
+        return pages / (pages + kv_bytes)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any):
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        block_size = self.input_batch.block_table[0].block_size
+        self.pages = BlockPages.allocate(
+            kv_cache_config.num_blocks, block_size, self.params
+        )
+        self.slot_views = [v for cache in self.kv_caches for v in slot_views(cache)]
+        logger.info(
+            "Lookahead is on: window_size=%d, ngram_size=%d, "
+            "verification_set_size=%d, at most %d tokens per request and step; "
+            "its pages take %.1f MiB, %.2f%% of the KV cache memory.",
+            self.params.window_size,
+            self.params.ngram_size,
+            self.params.verification_set_size,
+            self.params.max_tree_size,
+            page_bytes(block_size, self.params) * kv_cache_config.num_blocks / 2**20,
+            100 * self.page_share(),
+        )
+
+    def needs_plain_rows(self) -> bool:
+        """Whether the batch cannot be sampled along trees: one row per request."""
+        metadata = self.input_batch.sampling_metadata
+        holder = metadata.thinking_budget_state_holder
+        tracks = holder is not None and holder.has_tracked_requests()
+        return tracks or metadata.max_num_logprobs == -1
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Widening must not reach the scheduler's own copy.
+        scheduler_output = replace(
+            scheduler_output,
+            num_scheduled_tokens=scheduler_output.num_scheduled_tokens.copy(),
+            scheduled_spec_decode_tokens=(
+                scheduler_output.scheduled_spec_decode_tokens.copy()
+            ),
+        )
+        self.step = None
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if output is None and not scheduler_output.has_structured_output_requests:
+            # No grammar to wait for: save the scheduler a round trip.
+            return self.sample_tokens(None)
+        return output
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self.request_params.pop(request_id, None)
+        result = super()._update_states(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            sampling = request.sampling_params
+            params = request_params(sampling and sampling.extra_args, self.params)
+            if params is not None:
+                self.request_params[request.req_id] = params
+        if scheduler_output.scheduled_spec_decode_tokens:
+            self.step = TreeStep.propose(self, scheduler_output)
+        return result
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        total = scheduler_output.total_num_scheduled_tokens
+        slots = self.input_batch.block_table[0].slot_mapping.cpu[:total]
+        if self.step is None:
+            self.ops.write_tokens(self.pages, slots, self.input_ids.cpu[:total])
+            return prepared
+        self.step.feed(self)
+        final = slots.where(self.step.is_final, -1)
+        self.ops.write_tokens(self.pages, final, self.input_ids.cpu[:total])
+        return self.step.logits_indices, *prepared[1:]
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        if self.step is not None:
+            trees = self.step.tree_rows(self)
+            for layer in metadata.values():
+                layer.trees = trees
+        return metadata, common
+
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+        if self.step is None:
+            return super()._sample(logits, spec_decode_metadata)
+        output, sampled, verdict = sample_along_trees(self, self.step, logits)
+        batch, tree = self.step.batch, self.step.tree
+        self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
+        self.ops.update(self.pages, batch, tree, sampled, verdict)
+        return output
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        step, self_output = self.step, super().sample_tokens(grammar_output)
+        if step is None or not isinstance(self_output, ModelRunnerOutput):
+            return self_output
+        return LookaheadModelRunnerOutput.wrap(self_output, step.num_draft_tokens())

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample and match with vLLM's own V1 sampler.
+
+Greedy batches take the argmax of every row at once. Any other batch is walked:
+each level of the walk calls vLLM's sampler on one row per request, which is what
+plain decoding would have called, with the same history, the same generator state
+and the same logits processors. So the tokens are plain decoding's.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.tree import CANDIDATE
+from vllm_lookahead.core.verify import Verdict
+
+if TYPE_CHECKING:
+    from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
+    from vllm_lookahead.engine.cpu.step import TreeStep
+
+
+def sample_along_trees(
+    runner: "LookaheadCPUModelRunner", step: "TreeStep", logits: torch.Tensor
+) -> tuple[SamplerOutput, torch.Tensor, Verdict]:
+    """Sample every request of the step, trees and others.
+
+    Args:
+        runner: for its sampler, sampling metadata and ops.
+        step: the trees.
+        logits: [rows, vocab_size], laid out as `step.logits_indices`.
+
+    Returns:
+        output: tokens as [num_requests, N], -1 beyond the emitted ones.
+        sampled: [b, T] int64, the model's token after each node; meaningless at
+            nodes without logits.
+        verdict: of the trees.
+    """
+    metadata = runner.input_batch.sampling_metadata
+    if takes_argmax(metadata):
+        best = runner.sampler.greedy_sample(logits.float()).long()
+        sampled = _by_node(best, step)
+        verdict = runner.ops.verify(step.tree, sampled, runner.params.ngram_size)
+        num_requests = len(step.start) - 1
+        tokens = torch.full((num_requests, verdict.tokens.shape[1]), EMPTY)
+        tokens[:, 0] = best[step.logits_start[1:] - 1]
+        tokens[step.rows] = verdict.tokens.long()
+        return SamplerOutput(tokens.int(), None), sampled, verdict
+
+    tokens, path, logprobs = _walk(runner, step, logits, metadata)
+    emitted = tokens[step.rows]
+    verdict = Verdict(
+        torch.from_numpy(emitted),
+        torch.from_numpy(path),
+        torch.from_numpy((emitted != EMPTY).sum(1, dtype=np.int32)),
+    )
+    # The window is refilled with the model's likeliest tokens.
+    sampled = torch.zeros(step.tree.tokens.shape, dtype=torch.int64)
+    if runner.params.window_size:
+        sampled = _by_node(logits.argmax(-1), step)
+    return SamplerOutput(torch.from_numpy(tokens), logprobs), sampled, verdict
+
+
+def takes_argmax(metadata: SamplingMetadata) -> bool:
+    """Whether every token of the batch is the argmax of the raw logits."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and not (holder is not None and holder.has_tracked_requests())
+        and not _has_active(metadata.logitsprocs.non_argmax_invariant)
+    )
+
+
+def _has_active(processors: list[LogitsProcessor]) -> bool:
+    """Whether any processor may touch a row; vLLM always loads its own three."""
+    for processor in processors:
+        match processor:
+            case MinPLogitsProcessor():
+                active = processor.min_p_count > 0
+            case LogitBiasLogitsProcessor():
+                active = bool(processor.biases)
+            case MinTokensLogitsProcessor():
+                active = bool(processor.min_toks)
+            case _:
+                active = True
+        if active:
+            return True
+    return False
+
+
+def _rows_are_independent(metadata: SamplingMetadata) -> bool:
+    """Whether a row needs only its own temperature, top-k, top-p and generator."""
+    greedy = replace(metadata, all_greedy=True)
+    return takes_argmax(greedy) and not _has_active(
+        metadata.logitsprocs.argmax_invariant
+    )
+
+
+def _by_node(by_row: torch.Tensor, step: "TreeStep") -> torch.Tensor:
+    """[rows] values as [b, T]; meaningless at nodes without logits."""
+    return by_row[torch.from_numpy(step.logits_node).clamp(min=0)]
+
+
+def _walk(
+    runner: "LookaheadCPUModelRunner",
+    step: "TreeStep",
+    logits: torch.Tensor,
+    metadata: SamplingMetadata,
+) -> tuple[np.ndarray, np.ndarray, LogprobsTensors | None]:
+    """Call the sampler level by level, on the requests still walking.
+
+    Returns:
+        tokens: [num_requests, N] int32, EMPTY beyond the emitted ones.
+        path: [b, N] int32, node each token of a tree was sampled at.
+        logprobs: of [num_requests * levels] rows, if asked for.
+    """
+    tree, max_emitted = step.tree, runner.params.ngram_size
+    num_requests, num_trees = len(step.start) - 1, len(step.rows)
+    drafts = np.where(tree.kinds.numpy() == CANDIDATE, tree.tokens.numpy(), EMPTY)
+    parents = tree.parents.numpy()
+    subset = _rows_are_independent(metadata)
+    history = runner.input_batch.req_output_token_ids
+
+    tokens = np.full((num_requests, max_emitted), EMPTY, dtype=np.int32)
+    path = np.full((num_trees, max_emitted), EMPTY, dtype=np.int32)
+    logprobs: list[LogprobsTensors] = []
+    logits_row = step.logits_start[1:] - 1
+    walking, node = np.arange(num_trees), np.zeros(num_trees, dtype=np.int64)
+    alive = np.arange(num_requests)
+    for level in range(max_emitted):
+        logits_row[step.rows[walking]] = step.logits_node[walking, node]
+        picked = alive if subset else np.arange(num_requests)
+        level_metadata = _at_level(metadata, alive, subset)
+        output = runner.sampler(logits[logits_row[picked]], level_metadata)
+        sampled = output.sampled_token_ids[:, 0].numpy()
+        tokens[alive, level] = sampled if subset else sampled[alive]
+        path[walking, level] = node
+        if output.logprobs_tensors is not None:
+            logprobs.append(output.logprobs_tensors)
+
+        # Step into the candidate that carries the token, where there is one.
+        token = tokens[step.rows[walking], level]
+        matches = (parents[walking] == node[:, None]) & (
+            drafts[walking] == token[:, None]
+        )
+        matched = matches.any(1)
+        walking, node = walking[matched], matches.argmax(1)[matched]
+        alive = step.rows[walking]
+        if not len(alive):
+            break
+        if not subset:
+            for i in alive:
+                history[i].append(int(tokens[i, level]))
+            for processor in metadata.logitsprocs.all:
+                processor.update_state(None)
+    if not subset:
+        # vLLM appends what was emitted itself.
+        for i in step.rows:
+            extra = int((tokens[i] != EMPTY).sum()) - 1
+            if extra:
+                del history[i][-extra:]
+    used = level + 1
+    return tokens[:, :used], path[:, :used], _stack(logprobs)
+
+
+def _at_level(
+    metadata: SamplingMetadata, alive: np.ndarray, subset: bool
+) -> SamplingMetadata:
+    """Sampling metadata of the requests still walking.
+
+    Their rows alone where rows are independent; else every row, for processors
+    are keyed by row, but only the walking requests draw from their generators.
+    """
+    if not subset:
+        generators = {i: g for i, g in metadata.generators.items() if i in set(alive)}
+        return replace(metadata, generators=generators)
+
+    def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[torch.from_numpy(alive)]
+
+    generators = {
+        k: metadata.generators[i]
+        for k, i in enumerate(alive.tolist())
+        if i in metadata.generators
+    }
+    return replace(
+        metadata,
+        temperature=rows(metadata.temperature),
+        top_p=rows(metadata.top_p),
+        top_k=rows(metadata.top_k),
+        generators=generators,
+    )
+
+
+def _stack(levels: list[LogprobsTensors]) -> LogprobsTensors | None:
+    """Logprobs of all levels, request by request as vLLM expects them."""
+    if not levels:
+        return None
+    ids, values, ranks, *_ = zip(*levels, strict=True)
+    return LogprobsTensors(
+        *(torch.stack(part, 1).flatten(0, 1) for part in (ids, values, ranks))
+    )

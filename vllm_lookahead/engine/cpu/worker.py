@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU worker: vLLM's, with a lookahead model runner."""
+
+import copy
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker import cpu_worker
+
+from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
+
+
+class LookaheadCPUWorker(cpu_worker.CPUWorker):
+    def init_device(self) -> None:
+        # This process serves lookahead only, so both are swapped for good. The
+        # platform always answers CPU_ATTN and the worker takes the module's global.
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN,
+            "vllm_lookahead.engine.cpu.attention.LookaheadAttentionBackend",
+        )
+        lookahead = self.vllm_config.speculative_config
+
+        def make_runner(
+            vllm_config: VllmConfig, device: torch.device
+        ) -> LookaheadCPUModelRunner:
+            # Below, vLLM runs plain decoding; the runner does the rest.
+            plain = copy.copy(vllm_config)
+            plain.speculative_config = None
+            return LookaheadCPUModelRunner(plain, device, lookahead.params)
+
+        original = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = make_runner  # type: ignore[assignment, misc]
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = original  # type: ignore[misc]
+
+    def determine_available_memory(self) -> int:
+        """K/V memory, less what the pages take."""
+        available = super().determine_available_memory()
+        return int(available * (1 - self.model_runner.page_share()))

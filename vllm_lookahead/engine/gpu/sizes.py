@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each running request asked for, by request slot, on the host."""
+
+import numpy as np
+from vllm.sampling_params import SamplingParams
+
+from vllm_lookahead.params import LookaheadParams, request_params
+
+WINDOW, NGRAM, VERIFY, TREE, ROWS = range(5)
+
+
+class RequestSizes:
+    """W, N, G of each request slot, and what follows from them.
+
+    Attributes:
+        server: the sizes that the server was started with, the most of each.
+        table: [5, max_num_reqs] int32, by slot: W, N, G, the largest tree T and
+            the most of its nodes that are verified, 1 + G(N-1).
+    """
+
+    def __init__(self, max_num_reqs: int, server: LookaheadParams) -> None:
+        self.server = server
+        self.table = np.zeros((5, max_num_reqs), dtype=np.int32)
+
+    def add_request(
+        self, slot: int, sampling_params: SamplingParams | None, chain: bool
+    ) -> None:
+        """Read a request's options.
+
+        Args:
+            slot: the request's.
+            sampling_params: None for a pooling request, which drafts nothing.
+            chain: its tokens depend on the tokens before them other than through
+                the model, so it drafts one candidate and no window.
+        """
+        params = None
+        if sampling_params is not None:
+            params = request_params(sampling_params.extra_args, self.server)
+        if params is None:
+            params = LookaheadParams(0, 2, 0)
+        elif chain:
+            g = min(1, params.verification_set_size)
+            params = LookaheadParams(0, params.ngram_size, g)
+        self.table[:, slot] = (
+            params.window_size,
+            params.ngram_size,
+            params.verification_set_size,
+            params.max_tree_size,
+            1 + params.max_candidate_nodes,
+        )
+
+    def num_nodes(self, slot: int, num_drafts: int, room: int) -> int:
+        """Nodes to feed for a request that was scheduled `num_drafts` drafts.
+
+        Fewer drafts than N-1 mean that fewer tokens may be emitted, and a tree cut
+        to as many nodes is no deeper.
+
+        Args:
+            slot: the request's.
+            num_drafts: at least 1.
+            room: positions left, from the root on.
+        """
+        if num_drafts < self.table[NGRAM, slot] - 1:
+            return min(num_drafts + 1, int(self.table[TREE, slot]))
+        return min(int(self.table[TREE, slot]), room)

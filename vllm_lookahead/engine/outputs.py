@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker tells the scheduler beside the sampled tokens."""
+
+from dataclasses import dataclass, field
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass
+class LookaheadModelRunnerOutput(ModelRunnerOutput):
+    """A `ModelRunnerOutput` that says how much was really drafted.
+
+    Attributes:
+        num_draft_tokens: request id -> length of the longest candidate that the
+            step verified. The scheduler reserved N-1 without knowing.
+    """
+
+    num_draft_tokens: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def wrap(
+        cls, output: ModelRunnerOutput, num_draft_tokens: dict[str, int]
+    ) -> "LookaheadModelRunnerOutput":
+        return cls(**vars(output), num_draft_tokens=num_draft_tokens)

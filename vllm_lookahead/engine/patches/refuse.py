@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a vLLM that was not tested, tell whoever asks for lookahead which ones were.
+
+Why: hooks written for one version may give wrong tokens on another.
+Remove: never; an untested version gets it instead of what makes lookahead run.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import vllm
+
+from vllm_lookahead.engine.options import asked_for
+
+TARGET = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
+
+
+def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if asked_for(self):
+            raise ValueError(
+                f"lookahead was not tested with vLLM {vllm.__version__}: install "
+                "vllm>=0.32,<0.34, or start without lookahead"
+            )
+        return original(self, *args, **kwargs)
+
+    return create_speculative_config

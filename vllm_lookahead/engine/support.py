@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models and set-ups lookahead can run, and with which engine."""
+
+from typing import Any
+
+import vllm.envs as envs
+from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
+
+CPU_WORKER = "vllm_lookahead.engine.cpu.worker.LookaheadCPUWorker"
+GPU_WORKER = "vllm_lookahead.engine.gpu.worker.LookaheadGPUWorker"
+SCHEDULER = "vllm_lookahead.engine.scheduler.LookaheadScheduler"
+
+
+def worker_class() -> str:
+    """The worker for this platform and for the model runner that vLLM picks on it.
+
+    Raises:
+        ValueError: a platform or a model runner that lookahead does not run on.
+    """
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise ValueError(
+            f"lookahead does not run on {current_platform.device_name}: "
+            "use CUDA or CPU, or start without lookahead"
+        )
+    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+    if HAS_TRITON if wanted is None else wanted:
+        return GPU_WORKER
+    if current_platform.is_cpu():
+        return CPU_WORKER
+    raise ValueError(
+        "lookahead needs vLLM's V2 model runner on CUDA: unset "
+        "VLLM_USE_V2_MODEL_RUNNER and install Triton"
+    )
+
+
+def check_supported(model: Any, parallel: Any) -> None:
+    """Refuse what a draft tree cannot run on, by name.
+
+    Args:
+        model: vLLM's `ModelConfig`.
+        parallel: vLLM's `ParallelConfig`.
+
+    Raises:
+        ValueError: naming the first kind of model or parallelism that is in the way.
+    """
+    text = model.hf_text_config
+    layers = set(getattr(text, "layer_types", None) or ())
+    windowed = {name for name in layers if "sliding" in name or "chunked" in name}
+    # A window in the config holds for layers whose type says nothing else.
+    everywhere = not layers - windowed and not model.disable_sliding_window
+    kinds = {
+        "pooling models": model.runner_type == "pooling",
+        "encoder-decoder models": model.is_encoder_decoder,
+        "diffusion models": model.is_diffusion,
+        "models without attention": model.is_attention_free,
+        "Mamba and other recurrent state": model.is_hybrid or model.has_inner_state,
+        "multi-head latent attention (MLA)": model.use_mla,
+        "M-RoPE": model.uses_mrope,
+        "ALiBi": model.uses_alibi,
+        "chunked local attention": model.attention_chunk_size is not None,
+        "sliding-window attention": bool(windowed)
+        or (everywhere and model.get_sliding_window() is not None),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "dual batch overlap": parallel.use_ubatching,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ValueError(
+                f"lookahead does not support {kind} (model {model.model}): "
+                "start without lookahead"
+            )
