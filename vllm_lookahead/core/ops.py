@@ -7,6 +7,7 @@ An engine calls them in this order, for all requests of the step at once:
     propose        look up the pool, read the window, build the trees
     (forward pass over the trees; sample at the root and the candidates)
     verify         walk the trees
+    observe        count what was accepted, where anyone wants to know
     compact        move the accepted K/V into place
     update         record the output, harvest and slide the window
 """
@@ -40,6 +41,14 @@ class LookaheadOps(Protocol):
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int
     ) -> Verdict: ...
 
+    def observe(
+        self,
+        tree: DraftTree,
+        verdict: Verdict,
+        trials: torch.Tensor,
+        hits: torch.Tensor,
+    ) -> None: ...
+
     def compact(
         self,
         caches: list[torch.Tensor],
@@ -59,10 +68,11 @@ class LookaheadOps(Protocol):
 
 
 class TorchOps:
-    """`LookaheadOps` in PyTorch: what a CPU runs, and the oracle of the kernels."""
+    """`LookaheadOps` in PyTorch: the oracle of the kernels."""
 
     write_tokens = staticmethod(pages_lib.write_tokens)
     verify = staticmethod(verify_lib.verify)
+    observe = staticmethod(verify_lib.observe)
 
     @staticmethod
     def propose(

@@ -88,6 +88,8 @@ def lookup(
         values = ring[..., 2:].gather(1, cell).where(from_ring, values)
     too_long = ahead >= batch.ngram_size[:, None, None] - 1
     values = values.masked_fill((best < 0)[..., None] | too_long, EMPTY)
+    # A chain ends at the first token that is not known.
+    values = values.where((values != EMPTY).cumprod(-1).bool(), EMPTY)
     context = best.div(num_entries, rounding_mode="floor").int()
     chains, context = _distinct(
         values, context, batch.verification_set_size, max_candidates

@@ -44,13 +44,16 @@ class DraftTree:
 
         [b, i, j] says that node i sees node j: its ancestors and itself.
         """
-        size = self.tokens.shape[1]
+        batch, size = self.tokens.shape
         node = torch.arange(size, device=self.tokens.device)
-        sees = (node == node[:, None]) | (node == self.parents[..., None])
-        reach = sees.float()
-        for _ in range((size - 1).bit_length()):  # paths of 1, 2, 4, ... edges
-            reach = (reach @ reach).clamp_(max=1)
-        return reach.bool()
+        row = torch.arange(batch, device=self.tokens.device)[:, None]
+        sees = (node == node[:, None]).repeat(batch, 1, 1)
+        # Up the tree by 1, 2, 4, ... edges; what has no parent stays.
+        up = torch.where(self.parents == EMPTY, node, self.parents)
+        for _ in range((size - 1).bit_length()):
+            sees |= sees[row, up]
+            up = up.gather(1, up)
+        return sees
 
 
 def merge_candidates(candidates: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -68,7 +71,8 @@ def merge_candidates(candidates: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     batch, g, k = candidates.shape
     agree = (candidates[:, :, None] == candidates[:, None]).cumprod(-1)
-    owner = agree.argmax(2)  # [B, G, K] first chain with the same prefix
+    # [B, G, K] first chain with the same prefix
+    owner = agree.argmax(2) if g else agree.sum(2)
     chain = torch.arange(g, device=candidates.device)[:, None]
     is_first = (owner == chain) & (candidates != EMPTY)
     index = is_first.view(batch, -1).cumsum(1).view(batch, g, k)

@@ -10,11 +10,11 @@ import torch
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.core.tree import WINDOW, DraftTree
 
 # Consecutive columns start this far apart in the history: a prime, so that few
 # columns coincide whatever its length.
-_SEED_STRIDE = 7919
+SEED_STRIDE = 7919
 
 
 def read_window(pages: BlockPages, batch: RequestBatch) -> torch.Tensor:
@@ -31,7 +31,7 @@ def read_window(pages: BlockPages, batch: RequestBatch) -> torch.Tensor:
     device = window.device
     row = torch.arange(num_rows, device=device)[:, None]
     column = torch.arange(num_columns, device=device)
-    start = (column * _SEED_STRIDE + row).view(1, -1)
+    start = (column * SEED_STRIDE + row).flatten()
     seed_at = start % (last + 1).clamp(min=1)
     seed = pages.tokens.view(-1)[batch.slots(seed_at, pages.block_size)]
     seed = torch.where(seed == EMPTY, batch.root[:, None], seed)
@@ -65,8 +65,8 @@ def update_window(
     b = tree.tokens.shape[0]
     ring_size, block_size = pages.ring.shape[1], pages.block_size
     width, rows = batch.window_size.long(), batch.ngram_size.long() - 1
-    in_window = tree.kinds == 2
-    has_window = (in_window.any(1) | (width * rows == 1)) & (width > 0)
+    # Every cell but the root's is a node: 0 nodes for W=1, N=2, never -1 for W=0.
+    has_window = (tree.kinds == WINDOW).sum(1) == width * rows - 1
     position = batch.position[:, None].long()
 
     # What was fed, as [B, N-1, W]: cell (r, j) is node first + r * W_r + j - 1.

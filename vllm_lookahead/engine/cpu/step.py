@@ -75,7 +75,8 @@ class TreeStep:
             return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
 
         table = inputs.block_table[0].block_table.np[rows]
-        num_blocks = int(position.max()) // runner.pages.block_size + 1
+        # The tree's own slots included: accepted nodes move out of them.
+        num_blocks = -(-int((position + max_nodes).max()) // runner.pages.block_size)
         batch = RequestBatch(
             block_table=torch.from_numpy(table[:, :num_blocks]),
             position=column(position),

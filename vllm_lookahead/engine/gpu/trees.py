@@ -121,6 +121,7 @@ def _feed_kernel(
     trees_ptr,  # [5, S, T] int32, out, by row
     num_nodes_ptr,  # [S] int32, out
     position_ptr,  # [S] int32, out
+    final_slot_ptr,  # [num_tokens] int64, in and out
     row_token_ptr,  # [rows] int64, out: where a logits row's token lies in the batch
     row_node_ptr,  # [rows] int64, out: b * T + node, or `dump`
     row_slot_ptr,  # [rows] int64, out
@@ -131,6 +132,7 @@ def _feed_kernel(
     query_start_loc_ptr,  # [B+1] int32
     seq_lens_ptr,  # [B] int32
     input_ids_ptr,  # [num_tokens] int32
+    last_sampled_ptr,  # [S] int64
     fed_ptr,  # [B] int32, nodes fed
     verified_ptr,  # [B] int32, nodes with a logits row to sample from
     window_ptr,  # [B] int32, nodes of the window's last row with a logits row
@@ -152,14 +154,15 @@ def _feed_kernel(
     # A request that drafted nothing is a tree of one node, its last token.
     is_tree = b < num_trees
     drafted = tl.load(slots_num_nodes_ptr + slot, mask=is_tree, other=1)
-    num_nodes = tl.minimum(drafted, fed)
+    num_nodes = tl.maximum(tl.minimum(drafted, fed), 1)
     tl.store(num_nodes_ptr + b, num_nodes)
     node = tl.arange(0, BLOCK_T)
     live = (node < num_nodes) & is_tree
     at = slots_ptr + slot * T + node
-    root = tl.load(input_ids_ptr + start)
+    last = tl.load(last_sampled_ptr + slot, mask=is_tree, other=0).to(tl.int32)
+    root = tl.where(is_tree, last, tl.load(input_ids_ptr + start))
     token = tl.load(at, mask=live, other=-1)
-    token = tl.where((node == 0) & (b >= num_trees), root, token)
+    token = tl.where(node == 0, root, token)
     kind = tl.load(at + 3 * stride_column, mask=live, other=KIND_ROOT)
     # A window that was cut is not harvested.
     kind = tl.where((kind == KIND_WINDOW) & (drafted > fed), KIND_ROOT, kind)
@@ -174,6 +177,9 @@ def _feed_kernel(
     origin = tl.load(at + 4 * stride_column, mask=live, other=-1)
     tl.store(out + 4 * stride_column, origin, mask=mask)
 
+    draft = (node > 0) & (node < fed)
+    tl.store(final_slot_ptr + start + node, -1, mask=draft)
+
     verified = node < tl.load(verified_ptr + b)
     row = tl.load(cu_verified_ptr + b) + node
     tl.store(row_token_ptr + row, (start + node).to(tl.int64), mask=verified)
@@ -184,9 +190,9 @@ def _feed_kernel(
     width = tl.load(window_ptr + b)
     harvested = node < width
     row = tl.load(cu_window_ptr + b) + node
-    last = tl.maximum(num_nodes - width + node, 0)
+    cell = tl.maximum(num_nodes - width + node, 0)
     # With N = 2 the window's last row is its first, which starts at the root; the
     # root's token is sampled.
     is_root = (tl.load(ngram_ptr + b) == 2) & (node == 0)
-    tl.store(row_token_ptr + row, (start + last).to(tl.int64), mask=harvested)
-    tl.store(row_node_ptr + row, tl.where(is_root, dump, b * T + last), mask=harvested)
+    tl.store(row_token_ptr + row, (start + cell).to(tl.int64), mask=harvested)
+    tl.store(row_node_ptr + row, tl.where(is_root, dump, b * T + cell), mask=harvested)
