@@ -12,7 +12,9 @@ token.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from vllm_lookahead.params import LookaheadParams
@@ -62,6 +64,12 @@ class BlockPages:
     @property
     def block_size(self) -> int:
         return self.tokens.shape[1]
+
+    @cached_property
+    def arrays(self) -> list[np.ndarray]:
+        """The same memory for kernels on a CPU; views cost 1 us each to make."""
+        pages = self.tokens, self.ring, self.ring_count, self.window
+        return [page.numpy() for page in pages]
 
     def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Pages follow their blocks when vLLM copies K/V. src, dst: [n] int64."""

@@ -6,6 +6,7 @@ them with a draft tree before vLLM prepares its inputs, samples along the tree, 
 hands vLLM the tokens that were emitted. Everything else is plain vLLM.
 """
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,9 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_lookahead.core.ops import LookaheadOps, TorchOps
+from vllm_lookahead.core.draft_length import DraftLengthPolicy
 from vllm_lookahead.core.pages import BlockPages, page_bytes
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.engine.cpu.attention import slot_views
 from vllm_lookahead.engine.cpu.sampling import sample_along_trees
 from vllm_lookahead.engine.cpu.step import TreeStep
@@ -40,12 +41,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config: Any, device: torch.device, params: LookaheadParams):
         super().__init__(vllm_config, device)
         self.params = params
-        self.ops: LookaheadOps = TorchOps()
+        self.ops = NumbaOps()
         self.pages: BlockPages
         self.step: TreeStep | None = None
         self.request_params: dict[str, LookaheadParams] = {}
-        g, n = params.verification_set_size, params.ngram_size
-        self.chain_length = torch.full((MAX_CONTEXT + 1, g), n - 1, dtype=torch.int32)
+        self.policy = DraftLengthPolicy(params)
+        self.step_start = time.perf_counter()
 
     def page_share(self) -> float:
         """The part of K/V memory that pages take."""
@@ -62,6 +63,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             kv_cache_config.num_blocks, block_size, self.params
         )
         self.slot_views = [v for cache in self.kv_caches for v in slot_views(cache)]
+        warm_up(self.params, block_size, self.slot_views)
         logger.info(
             "Lookahead is on: window_size=%d, ngram_size=%d, "
             "verification_set_size=%d, at most %d tokens per request and step; "
@@ -92,12 +94,20 @@ class LookaheadCPUModelRunner(CPUModelRunner):
                 scheduler_output.scheduled_spec_decode_tokens.copy()
             ),
         )
-        self.step = None
+        self._start_step()
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if output is None and not scheduler_output.has_structured_output_requests:
             # No grammar to wait for: save the scheduler a round trip.
             return self.sample_tokens(None)
         return output
+
+    def _start_step(self) -> None:
+        now = time.perf_counter()
+        if self.step is not None and self.step.only_decodes:
+            self.policy.observe_step(
+                now - self.step_start, self.step.num_tokens, self.step.num_emitted
+            )
+        self.step, self.step_start = None, now
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
@@ -141,6 +151,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         batch, tree = self.step.batch, self.step.tree
         self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
         self.ops.update(self.pages, batch, tree, sampled, verdict)
+        self.ops.observe(tree, verdict, self.policy.trials, self.policy.hits)
+        self.step.num_emitted = int(verdict.num_emitted.sum())
         return output
 
     @torch.inference_mode()

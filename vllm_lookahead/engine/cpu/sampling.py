@@ -57,7 +57,7 @@ def sample_along_trees(
         tokens[step.rows] = verdict.tokens.long()
         return SamplerOutput(tokens.int(), None), sampled, verdict
 
-    tokens, path, logprobs = _walk(runner, step, logits, metadata)
+    tokens, path, levels, logprobs = _walk(runner, step, logits, metadata)
     emitted = tokens[step.rows]
     verdict = Verdict(
         torch.from_numpy(emitted),
@@ -68,7 +68,8 @@ def sample_along_trees(
     sampled = torch.zeros(step.tree.tokens.shape, dtype=torch.int64)
     if runner.params.window_size:
         sampled = _by_node(logits.argmax(-1), step)
-    return SamplerOutput(torch.from_numpy(tokens), logprobs), sampled, verdict
+    output = SamplerOutput(torch.from_numpy(tokens[:, :levels]), logprobs)
+    return output, sampled, verdict
 
 
 def takes_argmax(metadata: SamplingMetadata) -> bool:
@@ -121,17 +122,19 @@ def _walk(
     step: "TreeStep",
     logits: torch.Tensor,
     metadata: SamplingMetadata,
-) -> tuple[np.ndarray, np.ndarray, LogprobsTensors | None]:
+) -> tuple[np.ndarray, np.ndarray, int, LogprobsTensors | None]:
     """Call the sampler level by level, on the requests still walking.
 
     Returns:
         tokens: [num_requests, N] int32, EMPTY beyond the emitted ones.
         path: [b, N] int32, node each token of a tree was sampled at.
+        levels: columns of `tokens` in use.
         logprobs: of [num_requests * levels] rows, if asked for.
     """
     tree, max_emitted = step.tree, runner.params.ngram_size
     num_requests, num_trees = len(step.start) - 1, len(step.rows)
-    drafts = np.where(tree.kinds.numpy() == CANDIDATE, tree.tokens.numpy(), EMPTY)
+    is_candidate = tree.kinds.numpy() == CANDIDATE
+    drafts = np.where(is_candidate, tree.tokens.numpy(), EMPTY)
     parents = tree.parents.numpy()
     subset = _rows_are_independent(metadata)
     history = runner.input_batch.req_output_token_ids
@@ -174,8 +177,7 @@ def _walk(
             extra = int((tokens[i] != EMPTY).sum()) - 1
             if extra:
                 del history[i][-extra:]
-    used = level + 1
-    return tokens[:, :used], path[:, :used], _stack(logprobs)
+    return tokens, path, level + 1, _stack(logprobs)
 
 
 def _at_level(

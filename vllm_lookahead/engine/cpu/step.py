@@ -9,7 +9,7 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree
 from vllm_lookahead.engine.cpu.attention import TreeRows
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class TreeStep:
         logits_node: [b, T] int64, logits row of each node, -1 without logits.
         is_final: [tokens] bool, the token's K/V is final once computed: all but
             the nodes after a root.
+        num_emitted: tokens that the trees gained, once sampled.
     """
 
     request_ids: list[str]
@@ -42,6 +43,16 @@ class TreeStep:
     logits_indices: torch.Tensor
     logits_node: np.ndarray
     is_final: torch.Tensor
+    num_emitted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.start[-1])
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the step fed these trees and nothing else."""
+        return len(self.rows) == len(self.start) - 1
 
     @classmethod
     def propose(
@@ -62,8 +73,9 @@ class TreeStep:
         spare = runner.max_num_tokens - output.total_num_scheduled_tokens
         max_nodes = np.minimum(narrow + max(0, reserved), room)
         max_nodes = np.minimum(max_nodes, narrow + max(0, spare) // len(ids))
-        sizes = np.array([[p.window_size, p.ngram_size, p.verification_set_size]
-                          for p in params])  # fmt: skip
+        sizes = np.array(
+            [(p.window_size, p.ngram_size, p.verification_set_size) for p in params]
+        )
         # A token may be emitted at every position up to max_model_len - 1.
         sizes[:, 1] = np.minimum(sizes[:, 1], room - 1)
         max_nodes = np.where(sizes[:, 1] < 2, 1, max_nodes)
@@ -86,7 +98,7 @@ class TreeStep:
             verification_set_size=column(sizes[:, 2]),
             max_nodes=column(max_nodes),
         )
-        tree = runner.ops.propose(runner.pages, batch, runner.chain_length)
+        tree = runner.ops.propose(runner.pages, batch, runner.policy.chain_length)
         return cls._lay_out(runner, output, ids, rows, batch, tree)
 
     @classmethod
@@ -102,16 +114,14 @@ class TreeStep:
         inputs = runner.input_batch
         num_nodes = tree.num_nodes.numpy()
         kinds = tree.kinds.numpy()
-        depths = tree.depths.numpy()
         node = np.arange(kinds.shape[1])
 
         # Which nodes need logits: the window's last row is N_r-2 deep and beyond.
         width = batch.window_size.numpy()[:, None]
         last_row = num_nodes[:, None] - width
-        in_last_row = (kinds == 2) & (node >= last_row)
+        in_last_row = (kinds == WINDOW) & (node >= last_row)
         wanted = (node == 0) | (kinds == CANDIDATE) | in_last_row
         wanted &= node < num_nodes[:, None]
-        del depths
 
         num_tokens = np.array([output.num_scheduled_tokens[r] for r in inputs.req_ids])
         num_tokens[rows] = num_nodes
@@ -167,7 +177,8 @@ class TreeStep:
         chain = ((parents == node - 1) | (node >= num_nodes[:, None])).all(1)
         if chain.all():
             return []
-        sees = self.tree.ancestors()
+        mask = torch.empty(*parents.shape, parents.shape[1])
+        runner.ops.fill_mask(self.tree, mask)
         group = runner.model_config.get_num_attention_heads(
             runner.parallel_config
         ) // runner.model_config.get_num_kv_heads(runner.parallel_config)
@@ -175,7 +186,7 @@ class TreeStep:
         for b in np.nonzero(~chain)[0]:
             size, context = int(num_nodes[b]), int(self.batch.position[b])
             bias = torch.zeros(size, context + size)
-            bias[:, context:].masked_fill_(~sees[b, :size, :size], float("-inf"))
+            bias[:, context:] = mask[b, :size, :size]
             first = int(self.start[self.rows[b]])
             num_blocks = -(-(context + size) // runner.pages.block_size)
             table = runner.input_batch.block_table[0].block_table.cpu[self.rows[b]]
