@@ -106,7 +106,5 @@ class TorchOps:
         position = batch.position[:, None].long() + ahead
         final = ahead < verdict.num_emitted[:, None]
         slots = batch.slots(position.where(final, pages_lib.EMPTY), pages.block_size)
-        pages_lib.write_tokens(
-            pages, slots.flatten(), verdict.tokens[:, :-1].flatten()
-        )
+        pages_lib.write_tokens(pages, slots.flatten(), verdict.tokens[:, :-1].flatten())
         update_window(pages, batch, tree, sampled, verdict.num_emitted)

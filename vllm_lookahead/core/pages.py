@@ -12,9 +12,7 @@ token.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
 
 from vllm_lookahead.params import LookaheadParams
@@ -22,7 +20,7 @@ from vllm_lookahead.params import LookaheadParams
 EMPTY = -1
 
 
-@dataclass
+@dataclass(eq=False)
 class BlockPages:
     """The pages of all `num_blocks` physical blocks. EMPTY marks an unused cell.
 
@@ -64,12 +62,6 @@ class BlockPages:
     @property
     def block_size(self) -> int:
         return self.tokens.shape[1]
-
-    @cached_property
-    def arrays(self) -> list[np.ndarray]:
-        """The same memory for kernels on a CPU; views cost 1 us each to make."""
-        pages = self.tokens, self.ring, self.ring_count, self.window
-        return [page.numpy() for page in pages]
 
     def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Pages follow their blocks when vLLM copies K/V. src, dst: [n] int64."""

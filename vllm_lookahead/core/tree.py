@@ -139,8 +139,8 @@ def build_tree(
         kinds.scatter_(1, at, WINDOW)
         num_nodes = num_nodes + valid.sum(1)
 
-    columns = (tokens, parents, depths, kinds, origins)
-    return DraftTree(*(c[:, :size] for c in columns), num_nodes.int())
+    columns = [c[:, :size] for c in (tokens, parents, depths, kinds, origins)]
+    return DraftTree(*[*columns, num_nodes.int()])
 
 
 def window_cells(

@@ -15,7 +15,7 @@ from vllm_lookahead.params import METHOD, RANGES, LookaheadParams
 # Fu et al. 2024 use this for 7B models.
 GPU_DEFAULTS = LookaheadParams(window_size=15, ngram_size=5, verification_set_size=15)
 # A CPU is compute-bound: there the window costs more than it finds.
-CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=6, verification_set_size=3)
+CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
 
 
 def default_params(device_type: str) -> LookaheadParams:

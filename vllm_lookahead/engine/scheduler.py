@@ -6,8 +6,9 @@ that drafts with N-1 placeholders, and the worker expands those into T nodes.
 Metrics, token budgets and rollback are then vLLM's own.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,6 +27,14 @@ PLACEHOLDER = -1
 
 class LookaheadScheduler(Scheduler):
     """vLLM's scheduler with room for a draft tree, and a switch per request."""
+
+    def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Self:
+        # `EngineArgs` names the class before vLLM settles async scheduling.
+        if cls is LookaheadScheduler and vllm_config.scheduler_config.async_scheduling:
+            from vllm_lookahead.engine.gpu.scheduler import LookaheadAsyncScheduler
+
+            return super().__new__(LookaheadAsyncScheduler)
+        return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

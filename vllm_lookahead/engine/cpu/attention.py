@@ -28,12 +28,14 @@ class TreeRows:
     Attributes:
         rows: the T tokens of the tree in the flat batch.
         blocks: [n] int64, physical blocks of positions 0 to p+T-1.
-        bias: [g*T, p+T] float32, 0 where a node sees a slot, else -inf; once for
+        length: p+T, slots that hold something.
+        bias: [g*T, T] float32, 0 where a node sees another, else -inf; once for
             each of the g query heads of a K/V head.
     """
 
     rows: slice
     blocks: torch.Tensor
+    length: int
     bias: torch.Tensor
 
 
@@ -153,7 +155,7 @@ def tree_attention(
         [T, num_heads, head_size].
     """
     num_nodes, num_heads, head_size = query.shape
-    kv_heads, length = keys.shape[1], tree.bias.shape[1]
+    kv_heads, length = keys.shape[1], tree.length
     group = num_heads // kv_heads
 
     # Slots beyond the tree are cut off, not masked: a NaN there would spread.
@@ -161,8 +163,8 @@ def tree_attention(
     v = values[tree.blocks].transpose(0, 1).flatten(1, 2)[:, :length]
     q = query.view(num_nodes, kv_heads, group, head_size).permute(1, 2, 0, 3)
     q = q.reshape(kv_heads, group * num_nodes, head_size)
-    bias = tree.bias.expand(kv_heads, -1, -1)
-    scores = torch.baddbmm(bias, q.float(), k.float(), alpha=scale)
+    scores = (q.float() * scale) @ k.float()
+    scores[..., -num_nodes:] += tree.bias
     out = scores.softmax(-1) @ v.float()
     out = out.view(kv_heads, group, num_nodes, head_size).permute(2, 0, 1, 3)
     return out.reshape(query.shape).to(query.dtype)

@@ -44,6 +44,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.ops = NumbaOps()
         self.pages: BlockPages
         self.step: TreeStep | None = None
+        self.idle_generators: dict[int, torch.Generator] = {}
         self.request_params: dict[str, LookaheadParams] = {}
         self.policy = DraftLengthPolicy(params)
         self.step_start = time.perf_counter()
@@ -145,6 +146,13 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         return metadata, common
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+        # A prompt chunk samples a token that is thrown away. vLLM then winds the
+        # seeded generator back, which a CPU generator cannot: draw nothing instead.
+        generators = self.input_batch.generators
+        chunks = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        for i in chunks[0].tolist():
+            if i in generators:
+                self.idle_generators[i] = generators.pop(i)
         if self.step is None:
             return super()._sample(logits, spec_decode_metadata)
         output, sampled, verdict = sample_along_trees(self, self.step, logits)
@@ -154,6 +162,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.ops.observe(tree, verdict, self.policy.trials, self.policy.hits)
         self.step.num_emitted = int(verdict.num_emitted.sum())
         return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._bookkeeping_sync(*args, **kwargs)
+        self.input_batch.generators.update(self.idle_generators)
+        self.idle_generators.clear()
+        return result
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

@@ -184,17 +184,17 @@ class TreeStep:
         ) // runner.model_config.get_num_kv_heads(runner.parallel_config)
         trees = []
         for b in np.nonzero(~chain)[0]:
-            size, context = int(num_nodes[b]), int(self.batch.position[b])
-            bias = torch.zeros(size, context + size)
-            bias[:, context:] = mask[b, :size, :size]
+            size = int(num_nodes[b])
+            length = int(self.batch.position[b]) + size
             first = int(self.start[self.rows[b]])
-            num_blocks = -(-(context + size) // runner.pages.block_size)
+            num_blocks = -(-length // runner.pages.block_size)
             table = runner.input_batch.block_table[0].block_table.cpu[self.rows[b]]
             trees.append(
                 TreeRows(
                     slice(first, first + size),
                     table[:num_blocks].long(),
-                    bias.repeat(group, 1),
+                    length,
+                    mask[b, :size, :size].repeat(group, 1),
                 )
             )
         return trees

@@ -49,17 +49,18 @@ class RequestSizes:
             1 + params.max_candidate_nodes,
         )
 
-    def num_nodes(self, slot: int, num_drafts: int, room: int) -> int:
+    def num_nodes(self, slot: int, num_drafts: int, most: int) -> int:
         """Nodes to feed for a request that was scheduled `num_drafts` drafts.
 
         Fewer drafts than N-1 mean that fewer tokens may be emitted, and a tree cut
-        to as many nodes is no deeper.
+        to as many nodes is no deeper. A window that does not fit whole is left out.
 
         Args:
             slot: the request's.
             num_drafts: at least 1.
-            room: positions left, from the root on.
+            most: what there is room for.
         """
-        if num_drafts < self.table[NGRAM, slot] - 1:
-            return min(num_drafts + 1, int(self.table[TREE, slot]))
-        return min(int(self.table[TREE, slot]), room)
+        _, ngram, _, tree, rows = self.table[:, slot].tolist()
+        if num_drafts < ngram - 1:
+            most = min(most, num_drafts + 1)
+        return tree if tree <= most else max(1, min(rows, most))

@@ -89,12 +89,18 @@ class Plan:
         return RequestBatch(block_table[:n], position, root, *columns)
 
 
+def _tree(columns: torch.Tensor, num_nodes: torch.Tensor) -> DraftTree:
+    tokens, parents, depths, kinds, origins = columns.unbind(0)
+    return DraftTree(tokens, parents, depths, kinds, origins, num_nodes)
+
+
 class TreeStep:
     """The current step's trees, in buffers that a CUDA graph may point to.
 
     Attributes:
         tree: rows [max_num_reqs, T]; the first B are the step's.
-        position: [max_num_reqs] int32, p of each.
+        position, root: [max_num_reqs] int32, p and x of each.
+        longest: [max_num_reqs] int32, length of each tree's longest candidate.
         bits: [max_num_reqs, T, ceil(T/32)] int32, packed ancestors.
         sampled: [max_num_reqs * T + 1] int64, the model's token after each node;
             the last cell takes what nobody reads.
@@ -120,8 +126,9 @@ class TreeStep:
         self.rows_per_request = 1 + params.max_candidate_nodes + params.window_size
         max_rows = max_num_reqs * self.rows_per_request
         self._columns = zeros(5, max_num_reqs, t)
-        self.tree = DraftTree(*self._columns.unbind(0), zeros(max_num_reqs))
-        self.position = zeros(max_num_reqs)
+        self.tree = _tree(self._columns, zeros(max_num_reqs))
+        self.position, self.root = zeros(max_num_reqs), zeros(max_num_reqs)
+        self.longest = zeros(max_num_reqs)
         self.bits = zeros(max_num_reqs, t, triton.cdiv(t, 32))
         self.sampled = zeros(max_num_reqs * t + 1, dtype=torch.int64)
         self.final_slot = zeros(max_num_tokens, dtype=torch.int64)
@@ -130,12 +137,17 @@ class TreeStep:
         self.row_slot = zeros(max_rows, dtype=torch.int64)
         self.row_local = zeros(max_rows)
         self.attended = 0
-        self.plan: Plan | None = None
+        self.plan: Plan = None  # type: ignore[assignment]  # before the first
+
+    @property
+    def covers_batch(self) -> bool:
+        """Whether no request of the step attends otherwise than as a tree."""
+        return self.attended == self.plan.num_requests
 
     def rows(self, end: int, first: int = 0) -> DraftTree:
         """The trees of requests first..end-1."""
-        columns = self._columns[:, first:end].unbind(0)
-        return DraftTree(*columns, self.tree.num_nodes[first:end])
+        columns, num_nodes = self._columns, self.tree.num_nodes
+        return _tree(columns[:, first:end], num_nodes[first:end])
 
     def sampled_rows(self, end: int, first: int = 0) -> torch.Tensor:
         """[end - first, T] int64."""
@@ -159,6 +171,8 @@ class TreeStep:
             self._columns,
             self.tree.num_nodes,
             self.position,
+            self.root,
+            self.longest,
             self.final_slot,
             self.row_token,
             self.row_node,

@@ -17,15 +17,6 @@ KIND_CANDIDATE = tl.constexpr(CANDIDATE)
 KIND_WINDOW = tl.constexpr(WINDOW)
 
 
-def empty_trees(
-    count: int, max_tree_size: int, device: torch.device | str
-) -> DraftTree:
-    """`count` trees of no nodes, in memory of their own."""
-    columns = torch.zeros(5, count, max_tree_size, dtype=torch.int32, device=device)
-    num_nodes = torch.zeros(count, dtype=torch.int32, device=device)
-    return DraftTree(*columns.unbind(0), num_nodes)
-
-
 @triton.jit
 def _store_kernel(
     drafts_ptr,  # [B, N-1] int64, out
@@ -121,6 +112,8 @@ def _feed_kernel(
     trees_ptr,  # [5, S, T] int32, out, by row
     num_nodes_ptr,  # [S] int32, out
     position_ptr,  # [S] int32, out
+    root_ptr,  # [S] int32, out
+    longest_ptr,  # [S] int32, out: of each tree's candidates
     final_slot_ptr,  # [num_tokens] int64, in and out
     row_token_ptr,  # [rows] int64, out: where a logits row's token lies in the batch
     row_node_ptr,  # [rows] int64, out: b * T + node, or `dump`
@@ -157,15 +150,17 @@ def _feed_kernel(
     num_nodes = tl.maximum(tl.minimum(drafted, fed), 1)
     tl.store(num_nodes_ptr + b, num_nodes)
     node = tl.arange(0, BLOCK_T)
-    live = (node < num_nodes) & is_tree
+    live = node < tl.where(is_tree, num_nodes, 0)
     at = slots_ptr + slot * T + node
     last = tl.load(last_sampled_ptr + slot, mask=is_tree, other=0).to(tl.int32)
     root = tl.where(is_tree, last, tl.load(input_ids_ptr + start))
+    tl.store(root_ptr + b, root)
     token = tl.load(at, mask=live, other=-1)
     token = tl.where(node == 0, root, token)
     kind = tl.load(at + 3 * stride_column, mask=live, other=KIND_ROOT)
     # A window that was cut is not harvested.
-    kind = tl.where((kind == KIND_WINDOW) & (drafted > fed), KIND_ROOT, kind)
+    cut = tl.where(drafted > fed, KIND_WINDOW, -1)
+    kind = tl.where(kind == cut, KIND_ROOT, kind)
     out = trees_ptr + b * T + node
     mask = node < T
     tl.store(out, token, mask=mask)
@@ -173,6 +168,7 @@ def _feed_kernel(
     tl.store(out + stride_column, parent, mask=mask)
     depth = tl.load(at + 2 * stride_column, mask=live, other=0)
     tl.store(out + 2 * stride_column, depth, mask=mask)
+    tl.store(longest_ptr + b, tl.max(tl.where(kind == KIND_CANDIDATE, depth, 0), 0))
     tl.store(out + 3 * stride_column, kind, mask=mask)
     origin = tl.load(at + 4 * stride_column, mask=live, other=-1)
     tl.store(out + 4 * stride_column, origin, mask=mask)
@@ -193,6 +189,6 @@ def _feed_kernel(
     cell = tl.maximum(num_nodes - width + node, 0)
     # With N = 2 the window's last row is its first, which starts at the root; the
     # root's token is sampled.
-    is_root = (tl.load(ngram_ptr + b) == 2) & (node == 0)
+    is_root = node == tl.where(tl.load(ngram_ptr + b) == 2, 0, -1)
     tl.store(row_token_ptr + row, (start + cell).to(tl.int64), mask=harvested)
     tl.store(row_node_ptr + row, tl.where(is_root, dump, b * T + cell), mask=harvested)

@@ -17,7 +17,7 @@ from vllm_lookahead.params import METHOD, RANGES, REQUEST_PREFIX, check_range
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.add_cli_args"
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.lookahead")
 
 HELP = {
     "window_size": "W, columns of the Jacobi window; 0 for none.",
@@ -29,12 +29,12 @@ HELP = {
 class _Speculative(argparse.Action):
     """The word selects the method, JSON is `--speculative-config`: they combine."""
 
-    def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
+    def __call__(self, parser, namespace, value, option_string=None):
         dest = "spec_method" if value == METHOD else "speculative_config"
         setattr(namespace, dest, value)
 
 
-def _method_or_json(parse_json: Callable[[str], Any], text: str) -> Any:
+def _method_or_json(parse_json: Any, text: str) -> Any:
     if text == METHOD:
         return text
     try:
@@ -47,12 +47,9 @@ def _method_or_json(parse_json: Callable[[str], Any], text: str) -> Any:
 
 def _size(name: str, text: str) -> int:
     try:
-        return check_range(name, int(text), *RANGES[name])
-    except ValueError:
-        low, high = RANGES[name]
-        raise argparse.ArgumentTypeError(
-            f"{text} is not allowed: it must be a whole number from {low} to {high}"
-        ) from None
+        return check_range(name, int(text) if text.isdecimal() else text, *RANGES[name])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

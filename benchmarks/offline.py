@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throughput of lookahead beside plain vLLM and its own draft-free methods.
+
+    python benchmarks/offline.py --model demo/model --dataset prompts.jsonl \\
+        --methods plain,ngram,suffix,lookahead,lookahead:15/5/15
+
+Every method runs in an engine of its own, all with the same options, in turn:
+plain, ngram, ..., plain, ngram, ... The ratio to plain is taken within a turn, so
+that it holds when the machine's speed drifts, and the median of the turns is
+printed. Engines that wait are stopped.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import prompts as prompt_sets
+from engine_process import EngineProcess
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "ngram": {**NGRAM, "prompt_lookup_min": 2},
+    "ngram-default": {"method": "ngram", "num_speculative_tokens": 5},
+    "suffix": {"method": "suffix"},
+    "lookahead": {"method": "lookahead"},
+}
+SIZES = ("window_size", "ngram_size", "verification_set_size")
+
+
+def speculative_config(method: str) -> dict[str, Any] | None:
+    """What a name of `--methods` stands for; "lookahead:W/N/G" gives sizes."""
+    name, _, sizes = method.partition(":")
+    if name not in METHODS or (sizes and name != "lookahead"):
+        known = ", ".join([*METHODS, "lookahead:W/N/G"])
+        raise SystemExit(f"--methods {method}: unknown; use {known}")
+    config = METHODS[name]
+    if not sizes:
+        return config
+    try:
+        values = dict(zip(SIZES, map(int, sizes.split("/")), strict=True))
+    except ValueError:
+        raise SystemExit(
+            f"--methods {method}: sizes are three whole numbers, as in "
+            "lookahead:15/5/15"
+        ) from None
+    return {"method": "lookahead", **values}
+
+
+def distinct_trigrams(tokens: list[int]) -> float:
+    """Distinct trigrams over all trigrams: low where a text loops."""
+    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return len(set(trigrams)) / max(1, len(trigrams))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", default="demo/model")
+    add("--dataset", default=str(Path(__file__).parent / "python_prompts.jsonl"))
+    add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
+    add("--methods", default="plain,ngram,suffix,lookahead")
+    add("--num-prompts", type=int, default=16)
+    add("--max-tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.8)
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=1)
+    add("--repeats", type=int, default=3)
+    add("--min-distinct", type=float, default=0.0, metavar="RATIO",
+        help="leave out prompts whose plain output has fewer distinct trigrams")  # fmt: skip
+    add("--eager", action="store_true", help="no torch.compile")
+    add("--dtype", default="auto")
+    add("--max-model-len", type=int, default=2048)
+    add("--kv-cache-memory-bytes", type=int, default=256 << 20)
+    add("--output", type=Path, help="raw JSON")
+    return parser.parse_args()
+
+
+def start(args: argparse.Namespace, folder: Path) -> dict[str, EngineProcess]:
+    engines: dict[str, EngineProcess] = {}
+    for method in args.methods.split(","):
+        config = speculative_config(method)
+        if method == "suffix" and not importlib.util.find_spec("arctic_inference"):
+            print("suffix: skipped, its package arctic-inference is not installed")
+            continue
+        options: dict[str, Any] = {
+            "model": args.model,
+            "dtype": args.dtype,
+            "enforce_eager": args.eager,
+            "max_model_len": args.max_model_len,
+            "max_num_seqs": args.batch_size,
+            "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+            # A prompt must cost the same in every turn.
+            "enable_prefix_caching": False,
+        }
+        if config is not None:
+            options["speculative_config"] = config
+        print(f"starting {method}", flush=True)
+        log = folder / f"{method.replace('/', '-').replace(':', '-')}.log"
+        engines[method] = EngineProcess(options, log)
+    return engines
+
+
+def measure(args: argparse.Namespace, engines: dict[str, EngineProcess]) -> Any:
+    """All turns: {method: [result of each turn]}, and the prompts kept."""
+    texts = prompt_sets.load(args.dataset, args.data_dir, args.num_prompts)
+
+    def job(texts: list[str]) -> dict[str, Any]:
+        params = {
+            "max_tokens": args.max_tokens,
+            "temperature": args.temperature,
+            "ignore_eos": True,
+        }
+        seeds = [{"seed": args.seed + i} for i in range(len(texts))]
+        own = seeds if args.temperature else [{}] * len(texts)
+        return {"prompts": texts, "params": [params | p for p in own]}
+
+    if args.min_distinct:
+        plain = next(iter(engines.values())).run(job(texts))["steps"]
+        texts = [
+            text
+            for text, steps in zip(texts, plain, strict=True)
+            if distinct_trigrams(sum(steps, [])) >= args.min_distinct
+        ]
+        print(f"{len(texts)} prompts whose output does not loop")
+        if not texts:
+            raise SystemExit(f"--min-distinct {args.min_distinct}: no prompt is left")
+    for engine in engines.values():
+        engine.run(job(texts[: max(2, args.batch_size)]))
+    turns: dict[str, list[dict[str, Any]]] = {method: [] for method in engines}
+    for turn in range(args.repeats):
+        for method, engine in engines.items():
+            result = engine.run(job(texts))
+            tokens = sum(len(t) for steps in result["steps"] for t in steps)
+            steps = sum(map(len, result["steps"]))
+            outputs = [sum(steps, []) for steps in result.pop("steps")]
+            result |= {"tokens": tokens, "request_steps": steps, "outputs": outputs}
+            turns[method].append(result)
+            print(f"turn {turn + 1}, {method}: {tokens / result['seconds']:.1f} tok/s",
+                  flush=True)  # fmt: skip
+    return turns, texts
+
+
+def report(turns: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Print the table; return what it shows."""
+    rows: dict[str, dict[str, Any]] = {}
+    plain = turns.get("plain")
+    for method, results in turns.items():
+        speeds = [r["tokens"] / r["seconds"] for r in results]
+        row = {
+            "tokens_per_second": statistics.median(speeds),
+            "steps": results[0]["request_steps"],
+            "acceptance_length": results[0]["tokens"] / results[0]["request_steps"],
+            "peak_memory_mib": max(r["peak_memory_mib"] for r in results),
+        }
+        if plain:
+            base = [r["tokens"] / r["seconds"] for r in plain]
+            ratios = [s / b for s, b in zip(speeds, base, strict=True)]
+            row["ratio"] = statistics.median(ratios)
+            row["ratios"] = ratios
+            row["outputs_equal"] = sum(
+                a == b
+                for a, b in zip(results[0]["outputs"], plain[0]["outputs"], strict=True)
+            )
+        rows[method] = row
+    header = f"{'method':20} {'tok/s':>8} {'steps':>7} {'accept':>7} {'MiB':>7}"
+    print(f"\n{header} {'vs plain':>8}  equal outputs")
+    for method, row in rows.items():
+        print(
+            f"{method:20} {row['tokens_per_second']:8.1f} {row['steps']:7d} "
+            f"{row['acceptance_length']:7.2f} {row['peak_memory_mib']:7.0f} "
+            + (
+                f"{row['ratio']:7.2f}x  {row['outputs_equal']}"
+                f"/{len(turns[method][0]['outputs'])}"
+                if "ratio" in row
+                else ""
+            )
+        )
+    return rows
+
+
+def environment() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "commit": commit,
+        "command": " ".join(["python", "benchmarks/offline.py", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = cpuinfo.read_text().splitlines()
+    names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        engines = start(args, Path(folder))
+        try:
+            turns, texts = measure(args, engines)
+        finally:
+            for engine in engines.values():
+                engine.close()
+    rows = report(turns)
+    if args.output:
+        about = {**environment(), **next(iter(engines.values())).about}
+        settings = {k: v for k, v in vars(args).items() if k != "output"}
+        for results in turns.values():
+            for result in results[1:]:
+                del result["outputs"]  # the first turn's are enough
+        raw = {
+            "about": about,
+            "settings": settings,
+            "num_prompts": len(texts),
+            "summary": rows,
+            "turns": turns,
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(raw) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the small Python-code model that the demo and the benchmarks run.
+
+The corpus is Python source that is already on the machine: the standard library
+of the running interpreter and a short list of permissively licensed packages,
+each used if installed.  About 2% of the standard library's files are held out.
+The model has the Llama architecture and is written as a Hugging Face folder that
+transformers and vLLM load as ``LlamaForCausalLM``.  Training runs for a wall-clock
+budget: the learning rate falls linearly with the share of the budget used.
+
+    python demo/train_model.py --out demo/model --minutes 65 --threads 2
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+BOS, EOS = 0, 1
+# Import name -> licence and weight: the visits of a file in a pass, or below 1 the
+# share of the files that is used.
+PACKAGES: dict[str, tuple[str, float]] = {
+    "torch": ("BSD-3-Clause", 0.25),
+    "torchgen": ("BSD-3-Clause", 0.3),
+    "transformers": ("Apache-2.0", 0.5),
+    "vllm": ("Apache-2.0", 0.25),
+    "numpy": ("BSD-3-Clause", 0.5),
+    "sympy": ("BSD-3-Clause", 0.12),
+    "networkx": ("BSD-3-Clause", 0.7),
+    "mpmath": ("BSD-3-Clause", 0.5),
+    "fsspec": ("BSD-3-Clause", 1.5),
+    "jinja2": ("BSD-3-Clause", 1.5),
+    "starlette": ("BSD-3-Clause", 1.5),
+    "uvicorn": ("BSD-3-Clause", 1.5),
+    "click": ("BSD-3-Clause", 1.5),
+    "httpx": ("BSD-3-Clause", 1.5),
+    "httpcore": ("BSD-3-Clause", 1.0),
+    "psutil": ("BSD-3-Clause", 1.0),
+    "_pytest": ("MIT", 1.0),
+    "attr": ("MIT", 1.0),
+    "cachetools": ("MIT", 1.5),
+    "h11": ("MIT", 1.0),
+    "jsonschema": ("MIT", 1.0),
+    "mypy": ("MIT", 0.6),
+    "urllib3": ("MIT", 1.5),
+    "prometheus_client": ("Apache-2.0", 1.0),
+    "sortedcontainers": ("Apache-2.0", 1.5),
+    "websockets": ("BSD-3-Clause", 1.0),
+    "pygments": ("BSD-2-Clause", 0.2),
+    "numba": ("BSD-2-Clause", 0.2),
+    "setuptools": ("MIT", 1.0),
+    "pip": ("MIT", 1.5),
+    "rich": ("MIT", 1.0),
+    "typer": ("MIT", 1.0),
+    "fastapi": ("MIT", 1.0),
+    "pydantic": ("MIT", 1.0),
+    "anyio": ("MIT", 1.0),
+    "lark": ("MIT", 1.0),
+    "requests": ("Apache-2.0", 1.5),
+    "aiohttp": ("Apache-2.0", 1.5),
+    "huggingface_hub": ("Apache-2.0", 1.0),
+    "openai": ("Apache-2.0", 0.05),
+    "ray": ("Apache-2.0", 0.3),
+}
+STDLIB_WEIGHT, TEST_WEIGHT = 3.0, 0.15
+# Vendored copies, generated tables, and files that duplicate the standard library.
+SKIP = re.compile(
+    r"site-packages|dist-packages|__pycache__|/_vendor/|/_distutils/|/encodings/(?!__|"
+    r"aliases|idna|utf_8|punycode)|pydoc_data|lib2to3/tests/data|/bad_?\w*\.py|unicode|"
+    r"_pb2\.py|_cpuinfo|/_generated|autogen|/lextab|/yacctab|dummy_\w+objects"
+)
+TESTS = re.compile(r"/(tests?|idle_test|testing|_testing)/|/test_\w+\.py")
+BENCHMARKS = re.compile(r"human_?eval|gsm_?8k|\bmbpp\b", re.IGNORECASE)
+# Indents and newlines are tokens of their own; a word takes one character before it.
+SPLIT = r"\n+| {2,}|[^\s\p{L}\p{N}]?\p{L}+| \p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s"
+
+
+@dataclass
+class Document:
+    source: str
+    text: str
+    weight: float
+    held_out: bool = False
+
+
+def share(name: str) -> float:
+    """A number in [0, 1) that depends on the name only."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def gather() -> list[Document]:
+    """Read the corpus; exact and near duplicates of held-out files are left out."""
+    paths = sysconfig.get_paths()
+    roots = [("stdlib", Path(paths["stdlib"]), STDLIB_WEIGHT)]
+    for name, (_, weight) in PACKAGES.items():
+        folders = {Path(paths[k]) / name for k in ("purelib", "platlib")}
+        roots += [(name, f, weight) for f in sorted(folders) if f.is_dir()]
+    documents, seen = [], set()
+    for source, root, weight in roots:
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root).as_posix()
+            name = f"{source}/{relative}"
+            if SKIP.search("/" + name.replace(source + "/", "/", 1)):
+                continue
+            is_test = bool(TESTS.search("/" + relative))
+            visits = weight * (TEST_WEIGHT / STDLIB_WEIGHT if is_test else 1.0)
+            held_out = source == "stdlib" and not is_test and share(relative) < 0.02
+            if not held_out and share("use " + name) >= visits:
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            if source != "stdlib":  # licence headers
+                text = re.sub(r"\A(?:#[^\n]*\n|\s*\n)+", "", text)
+            digest = hashlib.sha256(text.encode()).digest()
+            digits = len(re.findall(r"\d", text)) / max(len(text), 1)
+            longest = max(map(len, text.split("\n")))
+            if digest in seen or not 200 < len(text) < 250_000:
+                continue
+            if digits > 0.15 or longest > 500 or BENCHMARKS.search(text):
+                continue
+            seen.add(digest)
+            if source == "transformers" and relative.startswith("models/"):
+                if share(name) > 0.1:  # near-duplicates of each other
+                    continue
+            documents.append(Document(source, text, max(1.0, visits), held_out))
+
+    def lines(text: str) -> set[str]:
+        return {s for s in map(str.strip, text.split("\n")) if len(s) > 25}
+
+    unseen = set().union(*(lines(d.text) for d in documents if d.held_out))
+
+    def clean(d: Document) -> bool:
+        own = lines(d.text)
+        return d.held_out or len(own & unseen) <= 0.2 * len(own)
+
+    return [d for d in documents if clean(d)]
+
+
+def train_tokenizer(documents: list[Document], vocab: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(0)
+    sample = [d.text for d in documents if not d.held_out and rng.random() < 0.25]
+    tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class Block(nn.Module):
+    """One Llama layer; parameter names are those of the Hugging Face model."""
+
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        hidden, inner, self.dim = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+        self.heads, self.kv = c["num_attention_heads"], c["num_key_value_heads"]
+        sizes = {
+            "q_proj": (hidden, self.heads * self.dim),
+            "k_proj": (hidden, self.kv * self.dim),
+            "v_proj": (hidden, self.kv * self.dim),
+            "o_proj": (self.heads * self.dim, hidden),
+        }
+        mlp = {
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+        self.self_attn, self.mlp = (
+            nn.ModuleDict({k: nn.Linear(*v, bias=False) for k, v in d.items()})
+            for d in (sizes, mlp)
+        )
+        self.input_layernorm = RMSNorm(hidden)
+        self.post_attention_layernorm = RMSNorm(hidden)
+        for layer in (self.self_attn["o_proj"], self.mlp["down_proj"]):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        a, m = self.self_attn, self.mlp
+        weight = torch.cat([a[k].weight for k in ("q_proj", "k_proj", "v_proj")])
+        qkv = F.linear(self.input_layernorm(x), weight)
+        qkv = qkv.view(b, t, -1, self.dim).transpose(1, 2)
+        qk, v = qkv.split([self.heads + self.kv, self.kv], 1)
+        left, right = qk.chunk(2, -1)
+        qk = qk * cos + torch.cat([-right, left], -1) * sin
+        q, k = qk.split([self.heads, self.kv], 1)
+        k, v = (s.repeat_interleave(self.heads // self.kv, 1) for s in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + a["o_proj"](out.transpose(1, 2).reshape(b, t, -1))
+        weight = torch.cat([m["gate_proj"].weight, m["up_proj"].weight])
+        gate, up = F.linear(self.post_attention_layernorm(x), weight).chunk(2, -1)
+        return x + m["down_proj"](F.silu(gate) * up)
+
+
+class Llama(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.layers = nn.ModuleList(Block(c) for _ in range(c["num_hidden_layers"]))
+        self.norm = RMSNorm(c["hidden_size"])
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        dim = c["head_dim"]
+        rates = c["rope_theta"] ** (-torch.arange(0, dim, 2).float() / dim)
+        angles = torch.outer(torch.arange(c["max_position_embeddings"]).float(), rates)
+        angles = torch.cat([angles, angles], -1)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        x, t = self.embed_tokens(ids), ids.shape[1]
+        for layer in self.layers:
+            x = layer(x, self.cos[:t], self.sin[:t])
+        logits = F.linear(self.norm(x), self.embed_tokens.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Muon:
+    """Momentum whose update is orthogonalised, for the weight matrices of layers."""
+
+    def __init__(self, params: list[nn.Parameter], momentum: float = 0.95) -> None:
+        shapes = sorted({p.shape for p in params})
+        self.groups = [[p for p in params if p.shape == s] for s in shapes]
+        self.buffers = [torch.zeros(len(g), *g[0].shape) for g in self.groups]
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, lr: float, decay: float) -> None:
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            grad = torch.stack([p.grad for p in group])
+            buffer.lerp_(grad, 1 - self.momentum)
+            x = grad.lerp(buffer, self.momentum)
+            rows, columns = x.shape[1:]
+            x = x.mT if rows > columns else x
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+            x = x.mT if rows > columns else x
+            scale = max(1.0, rows / columns) ** 0.5
+            for p, update in zip(group, x, strict=True):
+                p.mul_(1 - lr * decay).add_(update, alpha=-lr * scale)
+
+
+def batches(
+    ids: list[Tensor], weights: list[float], length: int, batch: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled windows of whole files laid end to end, pass after pass."""
+    rng = random.Random(seed)
+    while True:
+        order = []
+        for i, weight in enumerate(weights):
+            order += [i] * int(weight + rng.random())
+        rng.shuffle(order)
+        stream = torch.cat([ids[i] for i in order])
+        windows = stream[rng.randrange(length) :].unfold(0, length + 1, length)
+        for rows in torch.randperm(len(windows)).split(batch)[:-1]:
+            chunk = windows[rows].long()
+            yield chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, ids: list[Tensor], length: int = 1024) -> float:
+    """Mean loss in nats per token, each held-out file in windows of its own."""
+    total, count = 0.0, 0
+    for document in ids:
+        for window in document.split(length):
+            if len(window) > 1:
+                window = window.long()[None]
+                n = window.shape[1] - 1
+                total += model(window[:, :-1], window[:, 1:]).item() * n
+                count += n
+    return total / count
+
+
+def save(out: Path, model: Llama, config: dict, tokenizer: Tokenizer, card: str) -> None:
+    """Write the folder's files to a temporary folder, then rename them."""
+    part = out.with_name(out.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    state = {
+        "model." + k: v.detach().to(torch.bfloat16).contiguous()
+        for k, v in model.state_dict().items()
+    }
+    save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(part / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    files = {
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
+    }
+    for name, content in files.items():
+        (part / name).write_text(json.dumps(content, indent=2) + "\n")
+    (part / "README.md").write_text(card)
+    for path in part.iterdir():
+        os.replace(path, out / path.name)
+    part.rmdir()
+
+
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+tags: [code, python, demo]
+---
+
+# Demo model: small Python-code Llama
+
+Purpose: text to decode speculatively in this project's demo and benchmarks, small
+enough to live in the repository and to run on two CPU cores.  Made by
+`demo/train_model.py`.  Not meant for any other use.
+
+- Architecture: `LlamaForCausalLM`, {params:,} parameters; hidden {hidden_size},
+  {num_hidden_layers} layers, {num_attention_heads} heads ({num_key_value_heads} KV)
+  of {head_dim}, MLP {intermediate_size}, tied embeddings, bf16 weights.
+- Tokenizer: byte-level BPE, {vocab_size} tokens, exact round trip; `<s>` is 0, `</s>`
+  (end of file) is 1.  No BOS is added, in training or by the tokenizer.
+- Training: {seen:,} tokens ({steps:,} steps of {batch:,}) in {minutes:.0f} minutes
+  on {threads} CPU threads ({machine}; PyTorch {torch}, float32).  Windows of 512,
+  then 1024, then 2048 tokens of whole files, `</s>` between files.  Muon for the
+  layers' matrices and AdamW for the rest; linear decay of the rate to 0.
+- Held-out loss: {loss:.3f} nats per token, {bits:.3f} bits per byte, on
+  {held_files} files ({held_bytes:,} bytes) of the standard library that training
+  did not see; files that repeat over a fifth of their lines were dropped too.
+
+## Corpus
+
+Python {python}'s standard library and installed packages ({corpus_bytes:,} bytes,
+{corpus_tokens:,} tokens in all).  Generated tables, vendored copies and most of
+`transformers/models` are left out, as is every file that names HumanEval, GSM8K or
+MBPP.  A pass visits a file as often as its weight says; a weight below 1 is the share of
+the files used ({test_weight} for the standard library's tests).
+
+| Source | Licence | Files | Bytes | Weight |
+|---|---|---:|---:|---:|
+{table}
+
+## Limits
+
+It writes text that looks like Python, not programs that work.  Greedy decoding of
+such a small model soon repeats itself; sampling at temperature 0.8 does so less.
+It knows no natural language beyond comments and docstrings, follows no
+instructions, and may recite passages of the sources above, under their licences.
+"""
+
+
+def corpus_table(documents: list[Document]) -> str:
+    rows = []
+    for source in dict.fromkeys(d.source for d in documents):
+        licence, weight = PACKAGES.get(source, ("PSF-2.0", STDLIB_WEIGHT))
+        own = [d for d in documents if d.source == source and not d.held_out]
+        size = sum(len(d.text.encode()) for d in own)
+        rows.append(f"| {source} | {licence} | {len(own)} | {size:,} | {weight} |")
+    return "\n".join(rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("demo/model"))
+    parser.add_argument("--minutes", type=float, default=65.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--inner", type=int, default=704)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens in a step")
+    parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW: a fifth")
+    parser.add_argument("--save-every", type=float, default=6.0, help="minutes")
+    parser.add_argument("--resume", action="store_true", help="start from --out")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    documents = gather()
+    print(corpus_table(documents), flush=True)
+    if args.resume:
+        tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(documents, args.vocab)
+    encoded = tokenizer.encode_batch_fast([d.text for d in documents])
+    tokens = [torch.tensor([*e.ids, EOS], dtype=torch.int16) for e in encoded]
+    del encoded
+    pairs = list(zip(documents, tokens, strict=True))
+    assert all(tokenizer.decode(t[:-1].tolist()) == d.text for d, t in pairs[:50])
+    train = [t for d, t in pairs if not d.held_out]
+    weights = [d.weight for d in documents if not d.held_out]
+    held = [t for d, t in pairs if d.held_out]
+    held_bytes = sum(len(d.text.encode()) for d in documents if d.held_out)
+    held_tokens = sum(map(len, held))
+    sizes = [len(t) * w for t, w in zip(train, weights, strict=True)]
+    print(f"tokens {sum(map(len, train)):,}, pass {sum(sizes):,.0f}", flush=True)
+    print(f"held out {held_tokens:,} tokens, {held_bytes:,} bytes", flush=True)
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": args.hidden,
+        "intermediate_size": args.inner,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": args.hidden // 128,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "torch_dtype": "bfloat16",
+    }
+    model = Llama(config)
+    if args.resume:
+        state = load_file(args.out / "model.safetensors")
+        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    rest = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    step_model = torch.compile(model, dynamic=False) if args.compile else model
+    lengths = ((0.0, 512), (0.65, 1024), (0.92, 2048))
+    start, seen, steps, length = time.monotonic(), 0, 0, 0
+    saved = marked = start
+    mean, marked_seen = None, 0
+
+    def checkpoint(elapsed: float) -> None:
+        loss = evaluate(model, held)
+        bits = loss * held_tokens / held_bytes / math.log(2)
+        print(f"held-out {loss:.4f} nats/token, {bits:.4f} bits/byte", flush=True)
+        card = CARD.format(
+            **config,
+            params=sum(p.numel() for p in model.parameters()),
+            seen=seen,
+            steps=steps,
+            batch=args.batch,
+            minutes=elapsed / 60,
+            threads=args.threads,
+            machine=platform.machine(),
+            torch=torch.__version__,
+            python=platform.python_version(),
+            loss=loss,
+            bits=bits,
+            held_files=len(held),
+            held_bytes=held_bytes,
+            corpus_bytes=sum(len(d.text.encode()) for d in documents),
+            corpus_tokens=sum(map(len, tokens)),
+            test_weight=TEST_WEIGHT,
+            table=corpus_table(documents),
+        )
+        save(args.out, model, config, tokenizer, card)
+
+    while (done := (time.monotonic() - start) / (args.minutes * 60)) < 1:
+        wanted = [n for since, n in lengths if since <= done][-1]
+        if wanted != length:
+            length = wanted
+            rows = max(1, args.batch // length)
+            stream = batches(train, weights, length, rows, args.seed + length)
+        rate = args.lr * min(1.0, (steps + 1) / 100, 1.02 - done)
+        ids, targets = next(stream)
+        loss = step_model(ids, targets)
+        loss.backward()
+        muon.step(rate, decay=0.1)
+        for group in adam.param_groups:
+            group["lr"] = rate / 5
+        adam.step()
+        model.zero_grad()
+        steps, seen = steps + 1, seen + ids.numel()
+        value = loss.item()
+        mean = value if mean is None else 0.98 * mean + 0.02 * value
+        now = time.monotonic()
+        if steps % 20 == 0:
+            speed = (seen - marked_seen) / (now - marked)
+            marked, marked_seen = now, seen
+            print(
+                f"{(now - start) / 60:6.2f} min  step {steps}  length {length}  "
+                f"tokens {seen:,}  loss {mean:.4f}  {speed:,.0f} tokens/s",
+                flush=True,
+            )
+        if steps == 50 or now - saved > args.save_every * 60:
+            checkpoint(now - start)
+            saved = now
+    checkpoint(time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

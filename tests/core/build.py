@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small builders: pages, batches and trees from Python lists, and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.ops import LookaheadOps
+from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.params import LookaheadParams
+
+
+@dataclass
+class Row:
+    """One request of a batch: a row of `RequestBatch`, with N of the pages."""
+
+    blocks: list[int]
+    position: int
+    root: int
+    w: int = 0
+    n: int = 4
+    g: int = 4
+    max_nodes: int = 10_000
+
+
+class Node(NamedTuple):
+    token: int
+    parent: int
+    depth: int
+    kind: int
+    origin: int
+
+
+def ints(values: Sequence) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make_pages(num_blocks: int, block_size: int, w: int, n: int) -> BlockPages:
+    device = torch.get_default_device()
+    return BlockPages.allocate(num_blocks, block_size, LookaheadParams(w, n, 0), device)
+
+
+def clone_pages(pages: BlockPages) -> BlockPages:
+    return BlockPages(*(getattr(pages, f.name).clone() for f in fields(pages)))
+
+
+def make_batch(rows: Sequence[Row], filler: int = 0) -> RequestBatch:
+    """Block tables are padded with `filler`, a block that is not the request's."""
+    columns = max(len(row.blocks) for row in rows)
+    tables = [row.blocks + [filler] * (columns - len(row.blocks)) for row in rows]
+    return RequestBatch(
+        block_table=ints(tables),
+        position=ints([row.position for row in rows]),
+        root=ints([row.root for row in rows]),
+        window_size=ints([row.w for row in rows]),
+        ngram_size=ints([row.n for row in rows]),
+        verification_set_size=ints([row.g for row in rows]),
+        max_nodes=ints([row.max_nodes for row in rows]),
+    )
+
+
+def full_length(g: int, n: int) -> torch.Tensor:
+    """The `chain_length` table that cuts no chain."""
+    return torch.full((MAX_CONTEXT + 1, g), n - 1, dtype=torch.int32)
+
+
+def write(
+    ops: LookaheadOps,
+    pages: BlockPages,
+    blocks: Sequence[int],
+    tokens: Sequence[int],
+    start: int = 0,
+) -> None:
+    """Record tokens at positions start, start+1, ... of a block table."""
+    size = pages.block_size
+    positions = range(start, start + len(tokens))
+    slots = [blocks[at // size] * size + at % size for at in positions]
+    ops.write_tokens(pages, torch.tensor(slots, dtype=torch.int64), ints(list(tokens)))
+
+
+def put_in_ring(pages: BlockPages, block: int, ngrams: Sequence[Sequence[int]]) -> None:
+    """Fill a block's ring with (token before the key, key, values...), oldest first.
+
+    Short n-grams are padded with EMPTY.
+    """
+    width = pages.ring.shape[2]
+    for at, ngram in enumerate(ngrams):
+        padded = [*ngram, *[EMPTY] * (width - len(ngram))]
+        pages.ring[block, at] = ints(padded)
+    pages.ring_count[block] = len(ngrams)
+
+
+def nodes_of(tree: DraftTree) -> list[list[Node]]:
+    """The nodes of each tree, without the padding."""
+    columns = (tree.tokens, tree.parents, tree.depths, tree.kinds, tree.origins)
+    lists = [column.tolist() for column in columns]
+    trees = []
+    for b, count in enumerate(tree.num_nodes.tolist()):
+        trees.append([Node(*(c[b][i] for c in lists)) for i in range(count)])
+    return trees
+
+
+def make_tree(trees: Sequence[Sequence[Node]]) -> DraftTree:
+    """Pad lists of nodes to one `DraftTree`, as `nodes_of` reads it."""
+    size = max(map(len, trees))
+    padding = Node(EMPTY, EMPTY, 0, 0, EMPTY)
+    padded = [[*nodes, *[padding] * (size - len(nodes))] for nodes in trees]
+    columns = [
+        ints([[node[c] for node in nodes] for nodes in padded]) for c in range(5)
+    ]
+    return DraftTree(*columns, ints([len(nodes) for nodes in trees]))
+
+
+def path_to(nodes: Sequence[Node], index: int) -> list[int]:
+    """Node indices from the root to a node, both included."""
+    path = [index]
+    while nodes[path[-1]].parent != EMPTY:
+        path.append(nodes[path[-1]].parent)
+    return path[::-1]

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hard-shaped random states on which every `LookaheadOps` must agree exactly."""
+
+import copy
+import random
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+from tests.core.build import Row, clone_pages, ints, make_batch, make_pages, nodes_of
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.ops import LookaheadOps, TorchOps
+from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.params import LookaheadParams
+
+
+class Shape(NamedTuple):
+    """What a random state looks like; sizes of single requests vary below W, N, G."""
+
+    w: int
+    n: int
+    g: int
+    batch: int = 3
+    block_size: int = 16
+    num_blocks: int = 4  # per request, for its history
+    vocab: int = 5  # few: nearly every key agrees
+    empty_pool: bool = False
+    holes: bool = False  # tokens that nobody recorded
+    at_border: bool = False  # every root is the first token of its block
+    same_sizes: bool = False  # every request has W, N, G and no limit
+
+
+SHAPES = {
+    "small": Shape(3, 4, 3),
+    "one request": Shape(5, 4, 5, batch=1),
+    "eight ragged requests": Shape(5, 5, 6, batch=8),
+    "tree of one node": Shape(0, 2, 0),
+    "tree of one node, window": Shape(1, 2, 0, same_sizes=True),
+    "no window": Shape(0, 5, 8, vocab=2),
+    "no candidates": Shape(4, 4, 0),
+    "N = 2": Shape(6, 2, 4),
+    "W = 1": Shape(1, 5, 3),
+    "W beyond the block": Shape(20, 3, 4),
+    "N = 16": Shape(2, 16, 3, holes=True),
+    "tree of 120": Shape(15, 5, 15, same_sizes=True),
+    "tree of 280": Shape(20, 8, 20, batch=2, vocab=3),
+    "roots at block borders": Shape(4, 4, 4, batch=5, at_border=True),
+    "empty pool": Shape(4, 4, 4, empty_pool=True),
+    "holes in the history": Shape(3, 6, 4, holes=True),
+    "one token only": Shape(3, 4, 3, vocab=1),
+    "many tokens": Shape(3, 4, 3, vocab=100_000),
+    "long": Shape(3, 4, 4, num_blocks=60, vocab=12),
+    "blocks of 32": Shape(5, 4, 5, block_size=32),
+    "blocks of 128": Shape(3, 4, 3, block_size=128, num_blocks=2),
+}
+
+
+STEPS = 6  # that a state has room for, behind the history
+
+
+@dataclass
+class State:
+    """Everything that a step starts from."""
+
+    pages: BlockPages
+    batch: RequestBatch
+    chain_length: torch.Tensor  # [MAX_CONTEXT + 1, G]
+    n: int
+
+
+def random_state(shape: Shape, seed: int) -> State:
+    """A state as a long run leaves it, more tangled than one would."""
+    rng = random.Random(seed)
+    w, n, g, size = shape.w, shape.n, shape.g, shape.block_size
+
+    torch.manual_seed(seed)
+
+    def tokens(*dims: int) -> torch.Tensor:
+        return torch.randint(0, shape.vocab, dims, dtype=torch.int32)
+
+    room = shape.num_blocks * size
+    most = LookaheadParams(w, n, g).max_tree_size
+    per_request = -(-(room + most + STEPS * n) // size)
+    total = shape.batch * per_request + 2
+    pages = make_pages(total, size, w, n)
+    pages.tokens[:] = tokens(total, size)
+    if shape.holes:
+        pages.tokens[torch.rand(total) < 0.3] = EMPTY
+        pages.tokens[torch.rand(total, size) < 0.1] = EMPTY
+    if not shape.empty_pool:
+        for block in range(total):
+            fill_page(pages, block, rng, tokens)
+
+    blocks = rng.sample(range(total), total)
+    rows = []
+    for _ in range(shape.batch):
+        position = rng.choice([1, 2, size - 1, size, size + 1, rng.randint(1, room)])
+        if shape.at_border:
+            position = size * rng.randint(1, shape.num_blocks)
+        row = Row(
+            blocks=[blocks.pop() for _ in range(per_request)],
+            position=position,
+            root=rng.randrange(shape.vocab),
+            w=w,
+            n=n,
+            g=g,
+        )
+        if not shape.same_sizes:
+            row.w = rng.choice([w, rng.randint(0, w)])
+            row.n = rng.choice([n, rng.randint(2, n)])
+            row.g = rng.choice([g, rng.randint(0, g)])
+            row.max_nodes = rng.choice([most, rng.randint(1, most)])
+        rows.append(row)
+    chain_length = torch.randint(0, n, (MAX_CONTEXT + 1, g), dtype=torch.int32)
+    chain_length[torch.rand(MAX_CONTEXT + 1, g) < 0.5] = n - 1
+    return State(pages, make_batch(rows, filler=blocks[0]), chain_length, n)
+
+
+def fill_page(pages: BlockPages, block: int, rng: random.Random, tokens) -> None:
+    """A ring that is empty, partly filled or turning; a window, gaps or none."""
+    size, width = pages.ring.shape[1:]
+    count = rng.choice([0, rng.randint(0, size), rng.randint(size, 4 * size + 1)])
+    pages.ring_count[block] = count
+    grams = tokens(size, width)
+    for gram in grams:
+        gram[rng.randint(2, width) :] = EMPTY  # of a request with a smaller N
+    grams[count:] = EMPTY
+    pages.ring[block] = grams
+    if rng.random() < 0.7:
+        pages.window[block] = tokens(*pages.window.shape[1:])
+        if rng.random() < 0.3:
+            pages.window[block, :, rng.randrange(width) :] = EMPTY
+
+
+def random_samples(tree: DraftTree, vocab: int, seed: int) -> torch.Tensor:
+    """Tokens sampled at the nodes: half of them lead on to some child."""
+    rng = random.Random(seed)
+    sampled = [[rng.randrange(vocab) for _ in row] for row in tree.tokens]
+    for row, nodes in zip(sampled, nodes_of(tree), strict=True):
+        for node in nodes:
+            if node.kind == CANDIDATE and rng.random() < 0.5:
+                row[node.parent] = node.token
+    return ints(sampled)
+
+
+def assert_same_pages(one: BlockPages, other: BlockPages) -> None:
+    for f in fields(BlockPages):
+        assert torch.equal(getattr(one, f.name), getattr(other, f.name)), f.name
+
+
+def assert_same_trees(one: DraftTree, other: DraftTree) -> None:
+    """All fields of all nodes; the padding is anyone's."""
+    assert torch.equal(one.num_nodes, other.num_nodes)
+    assert one.tokens.shape == other.tokens.shape
+    node = torch.arange(one.tokens.shape[1])
+    live = node < one.num_nodes[:, None]
+    for name in ("tokens", "parents", "depths", "kinds", "origins"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert a.dtype == b.dtype == torch.int32, name
+        assert torch.equal(a[live], b[live]), name
+
+
+def assert_same_verdicts(one: Verdict, other: Verdict) -> None:
+    for f in fields(Verdict):
+        a, b = getattr(one, f.name), getattr(other, f.name)
+        assert a.dtype == b.dtype == torch.int32, f.name
+        assert torch.equal(a, b), f.name
+
+
+def random_caches(num_blocks: int, block_size: int) -> list[torch.Tensor]:
+    """K and V as a CPU cache and as a GPU cache has them."""
+    cpu_k = torch.randn(num_blocks, 2, 4, block_size).permute(0, 3, 1, 2)
+    cpu_v = torch.randn(num_blocks, 2, block_size, 4).permute(0, 2, 1, 3)
+    gpu = torch.randn(2, num_blocks, block_size, 2, 4)
+    return [cpu_k, cpu_v, gpu[0], gpu[1]]
+
+
+def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) -> int:
+    """Each op alone, on TorchOps' inputs. Returns the most tokens emitted."""
+    oracle, size = TorchOps(), state.pages.block_size
+    torch.manual_seed(seed)
+    total = len(state.pages.tokens)
+
+    slots = torch.randperm(total * size)[: 3 * size]
+    slots[::5] = -1
+    values = torch.randint(0, vocab, slots.shape)
+    written = [clone_pages(state.pages) for _ in range(2)]
+    oracle.write_tokens(written[0], slots, values)
+    other.write_tokens(written[1], slots, values)
+    assert_same_pages(*written)
+
+    before = clone_pages(state.pages)
+    batch = copy.deepcopy(state.batch)
+    tree = oracle.propose(state.pages, state.batch, state.chain_length)
+    assert_same_trees(tree, other.propose(state.pages, batch, state.chain_length))
+    assert_same_pages(state.pages, before)
+    for f in fields(RequestBatch):
+        assert torch.equal(getattr(batch, f.name), getattr(state.batch, f.name))
+
+    sampled = random_samples(tree, vocab, seed)
+    verdict = oracle.verify(tree, sampled, state.n)
+    assert_same_verdicts(verdict, other.verify(tree, sampled, state.n))
+
+    counts = torch.ones((MAX_CONTEXT + 1) * state.chain_length.shape[1], state.n - 1)
+    counted = [[counts.double(), counts.double()] for _ in range(2)]
+    oracle.observe(tree, verdict, *counted[0])
+    other.observe(tree, verdict, *counted[1])
+    assert torch.equal(torch.stack(counted[0]), torch.stack(counted[1]))
+
+    caches = random_caches(total, size)
+    copies = [cache.clone() for cache in caches]
+    oracle.compact(copies, state.batch, verdict, size)
+    other.compact(caches, state.batch, verdict, size)
+    for one, two in zip(copies, caches, strict=True):
+        assert torch.equal(one, two)
+
+    updated = [clone_pages(state.pages) for _ in range(2)]
+    oracle.update(updated[0], state.batch, tree, sampled, verdict)
+    other.update(updated[1], state.batch, tree, sampled, verdict)
+    assert_same_pages(*updated)
+    return int(verdict.num_emitted.max())
+
+
+def run_steps(
+    ops: LookaheadOps, state: State, vocab: int, seed: int
+) -> list[tuple[DraftTree, Verdict]]:
+    """STEPS steps, each on what the op's own last one left."""
+    pages, batch = state.pages, copy.deepcopy(state.batch)
+    size, done = pages.block_size, []
+    for step in range(STEPS):
+        slots = batch.slots(batch.position[:, None], size).flatten()
+        ops.write_tokens(pages, slots, batch.root)
+        tree = ops.propose(pages, batch, state.chain_length)
+        sampled = random_samples(tree, vocab, seed + step)
+        verdict = ops.verify(tree, sampled, state.n)
+        ops.update(pages, batch, tree, sampled, verdict)
+        done.append((tree, verdict))
+        last = verdict.num_emitted[:, None].long() - 1
+        batch.root = verdict.tokens.gather(1, last)[:, 0]
+        batch.position = batch.position + verdict.num_emitted
+    return done

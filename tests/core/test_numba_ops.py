@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is NumbaOps' own; that it equals TorchOps is in test_equivalence.py."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from tests.core.build import Row, make_batch
+from tests.core.equivalence import (
+    SHAPES,
+    State,
+    assert_same_trees,
+    assert_same_verdicts,
+    random_samples,
+    random_state,
+)
+from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.cpu_kernels import mask, propose, update, verify
+from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.params import LookaheadParams
+
+
+@pytest.fixture
+def state() -> State:
+    return random_state(SHAPES["tree of 120"], seed=0)
+
+
+def strided(record):
+    """The same tensors, none of them contiguous."""
+    values = (getattr(record, f.name) for f in fields(record))
+    columns = [torch.stack([v, torch.zeros_like(v)], -1)[..., 0] for v in values]
+    return type(record)(*columns)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_mask_shows_ancestors(name):
+    state = random_state(SHAPES[name], seed=1)
+    tree = NumbaOps.propose(state.pages, state.batch, state.chain_length)
+    sees = tree.ancestors()
+    bias = torch.full(sees.shape, float("nan"))
+    NumbaOps.fill_mask(tree, bias)
+    assert torch.equal(bias == 0, sees)
+    assert torch.equal(bias == -torch.inf, ~sees)
+
+
+def test_inputs_may_be_strided_or_wide(state):
+    tree = NumbaOps.propose(state.pages, state.batch, state.chain_length)
+    batch = strided(state.batch)
+    assert_same_trees(NumbaOps.propose(state.pages, batch, state.chain_length), tree)
+    sampled = random_samples(tree, 5, seed=0)
+    verdict = NumbaOps.verify(tree, sampled, state.n)
+    assert_same_verdicts(NumbaOps.verify(strided(tree), sampled.long(), 5), verdict)
+
+
+def test_other_tensors_are_refused(state):
+    tree = NumbaOps.propose(state.pages, state.batch, state.chain_length)
+    bias = torch.empty_like(tree.ancestors(), dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"contiguous.*strides \(14400, 1, 120\)"):
+        NumbaOps.fill_mask(tree, bias.mT)
+    with pytest.raises(TypeError, match=r"of torch.float32, got torch.float64"):
+        NumbaOps.fill_mask(tree, bias.double())
+    with pytest.raises(TypeError, match=r"expected torch.int32, got torch.int64"):
+        NumbaOps.propose(state.pages, state.batch, state.chain_length.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(4, 32, 6), (4, 32, 2, 6)], ids=str)
+def test_compaction_takes_caches_of_any_kind(dtype, shape):
+    batch = make_batch([Row([2, 0], 30, 1), Row([3, 1], 9, 1), Row([1], 1, 1)])
+    path = [[0, 5, 6, 9], [0, 1, 8, EMPTY], [0, EMPTY, EMPTY, EMPTY]]
+    count = torch.tensor([4, 3, 1], dtype=torch.int32)
+    verdict = Verdict(torch.empty(0), torch.tensor(path, dtype=torch.int32), count)
+    cache = torch.randn(shape).to(dtype)
+    before = cache.clone().float()
+    expected = before.clone()
+    TorchOps.compact([expected], batch, verdict, 32)
+    NumbaOps.compact([cache], batch, verdict, 32)
+    assert torch.equal(cache.float(), expected)
+    assert not torch.equal(expected, before)
+
+
+WARM_UP = """
+import torch
+from vllm_lookahead.cpu_kernels import mask, propose, update, verify
+from vllm_lookahead.cpu_kernels.ops import warm_up
+from vllm_lookahead.params import LookaheadParams
+
+cache = torch.randn(2, 3, 16, 4).bfloat16().permute(0, 2, 1, 3)
+before = cache.clone()
+for sizes in [(5, 4, 5), (0, 8, 8), (1, 2, 0)]:
+    warm_up(LookaheadParams(*sizes), 16, [cache])
+assert torch.equal(cache, before)
+for module in (mask, propose, update, verify):
+    for name, kernel in vars(module).items():
+        if name.endswith("_kernel"):
+            print(name, len(kernel.signatures))
+"""
+
+
+def kernel_names() -> list[str]:
+    modules = (mask, propose, update, verify)
+    return [n for m in modules for n in vars(m) if n.endswith("_kernel")]
+
+
+@pytest.mark.slow
+def test_the_warm_up_compiles_each_kernel_once():
+    python = [sys.executable, "-c", WARM_UP]
+    done = subprocess.run(python, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == [f"{name} 1" for name in kernel_names()]
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 0), (64, 2, 0), (0, 2, 64), (0, 16, 20)])
+def test_the_warm_up_takes_any_sizes(sizes):
+    warm_up(LookaheadParams(*sizes), 32)
+
+
+@pytest.mark.slow
+def test_without_a_folder_for_the_cache(tmp_path):
+    """A read-only installation and no home: kernels compile in each process."""
+    blocked = tmp_path / "file"
+    blocked.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", WARM_UP],
+        env={**os.environ, "NUMBA_CACHE_DIR": f"{blocked}/folder"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.split("\n")) == len(kernel_names()) + 1

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever changes the logits or reads them, the outcome is plain vLLM's."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.cpu.test_lossless import FULL, TREE, same_as_plain
+from tests.v2.conftest import Engines
+from tests.v2.test_lossless import prompts, request
+
+
+def test_history(engines: Engines) -> None:
+    """Logits that depend on earlier tokens other than through the model."""
+    text = prompts(1, seed=7)[0] + [9, 10, 11, 12] * 4
+    long = {"max_tokens": 40}
+    jobs = [
+        [
+            request(text, repetition_penalty=1.05, **long),
+            request(text, presence_penalty=0.2, frequency_penalty=0.1, **long),
+            request(text, bad_words=["a", "bc", "~"], **long),
+            request(text, **long),
+        ],
+        [
+            request(text, min_tokens=8, stop_token_ids=list(range(2, 60)), **long),
+            request(text, logit_bias={5: 2.0, 9: -3.0}, **long),
+            request(text, allowed_token_ids=list(range(8, 40)), **long),
+            request(text, repetition_penalty=1.2, temperature=0.7, seed=1, **long),
+        ],
+    ]
+    same_as_plain(engines, jobs, FULL)
+
+
+def test_logprobs(engines: Engines) -> None:
+    text = [9, 10, 11, 12] * 6
+    jobs = [
+        [request(text, logprobs=2), request(text, temperature=0.7, seed=3)],
+        [request(text, logprobs=0, prompt_logprobs=1), request(text, logprobs=3)],
+        [request(text, logprobs=-1, max_tokens=3)],
+    ]
+    plain, result = engines.run(jobs), same_as_plain(engines, jobs, TREE)
+    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
+        assert (one["logprobs"] is None) == (other["logprobs"] is None)
+        pairs = zip(one["logprobs"] or [], other["logprobs"] or [], strict=True)
+        for expected, got in pairs:
+            assert [t for t, _ in got] == [t for t, _ in expected]
+            assert [p for _, p in got] == pytest.approx(
+                [p for _, p in expected], abs=1e-4
+            )
+
+
+def test_grammar(engines: Engines) -> None:
+    text = prompts(1, seed=10)[0]
+    jobs = [
+        [
+            request(text, regex="[ab]{3}(cd|ef){2,4}", ignore_eos=False),
+            request(text),
+            request(text, regex="[0-9]{6}", ignore_eos=False),
+        ]
+    ]
+    same_as_plain(engines, jobs, FULL)
+
+
+def test_custom_logits_processor(engines: Engines) -> None:
+    text = [9, 10, 11, 12] * 6
+    options = {"logits_processors": ["processors:NoTokenTwiceInARow"]}
+    job = [[request(text, max_tokens=30), request(text, temperature=0.8, seed=2)]]
+    result = same_as_plain(engines, job, TREE, **options)
+    tokens = result["outputs"][0]["tokens"]
+    assert all(a != b for a, b in zip(tokens, tokens[1:], strict=False))
+
+
+def chi_square(one: Counter[Any], other: Counter[Any]) -> tuple[float, int]:
+    """Two-sample statistic and degrees of freedom; rare outcomes are pooled."""
+    total_one, total_other = one.total(), other.total()
+    cells: list[tuple[int, int]] = []
+    rare = [0, 0]
+    for outcome in one | other:
+        a, b = one[outcome], other[outcome]
+        if a + b < 20:
+            rare[0] += a
+            rare[1] += b
+        else:
+            cells.append((a, b))
+    cells.append((rare[0], rare[1]))
+    statistic = 0.0
+    for a, b in cells:
+        if a + b:
+            expected = (a + b) * total_one / (total_one + total_other)
+            statistic += (a - expected) ** 2 / expected
+            expected = a + b - expected
+            statistic += (b - expected) ** 2 / expected
+    return statistic, len(cells) - 1
+
+
+def test_unseeded_distribution(engines: Engines) -> None:
+    """20,000 draws of three tokens, with candidates that agree in part."""
+    # The root 20 is followed by 21 22, 21 23 and 24 in the prompt.
+    text = [20, 21, 22, 20, 21, 23, 20, 24, 20, 21, 22, 9, 20]
+    sampling = {"temperature": 0.6, "max_tokens": 4, "n": 500}
+    jobs = [[request(text, **sampling) for _ in range(10)] for _ in range(4)]
+    options = {"max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20}
+    plain = engines.run(jobs, **options)["samples"]
+    drafted = engines.run(jobs, TREE, **options)
+    assert drafted["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 100
+    assert len(plain) == len(drafted["samples"]) == 20_000
+    for length in (1, 2, 3, 4):
+        one = Counter(tuple(s[:length]) for s in plain)
+        other = Counter(tuple(s[:length]) for s in drafted["samples"])
+        statistic, freedom = chi_square(one, other)
+        # 4.5 standard deviations of the chi-square distribution: about 1 in 10^5.
+        assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches that `test_aot_compile` compiles: sizes a server is started with."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.compaction import LayerCaches, compact
+from vllm_lookahead.triton_kernels.mask import build_mask
+from vllm_lookahead.triton_kernels.ops import TritonOps
+
+NUM_BLOCKS, MAX_BLOCKS = 4096, 2048
+# (W, N, G), block size, requests
+SERVERS = {
+    "default": ((15, 5, 15), 16, 1),
+    "batch": ((15, 5, 15), 16, 64),
+    "pool-only": ((0, 5, 15), 16, 256),
+    "bigram": ((1, 2, 1), 16, 8),
+    "long-ngram": ((5, 16, 7), 32, 8),
+    "large-blocks": ((20, 5, 20), 128, 4),
+    "widest": ((40, 6, 62), 16, 2),
+}
+# Type, and shape of a cache [num_blocks, heads, block_size, width] or the other way
+CACHES = {
+    "compact-heads-first": (torch.bfloat16, (NUM_BLOCKS, 8, 16, 256), True),
+    "compact-float32": (torch.float32, (NUM_BLOCKS, 16, 8, 128), False),
+    "compact-fp8": (torch.float8_e4m3fn, (NUM_BLOCKS, 16, 8, 256), False),
+    "compact-odd": (torch.float8_e4m3fn, (NUM_BLOCKS, 3, 16, 85), True),
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def some_batch(b: int) -> RequestBatch:
+    return RequestBatch(meta(b, MAX_BLOCKS), *meta(6, b).unbind(0))
+
+
+def step(
+    params: LookaheadParams, block_size: int, b: int, ops: TritonOps | None = None
+) -> None:
+    """Every launch of a step but attention."""
+    ops = ops or TritonOps(params, b, "meta")
+    pages = BlockPages.allocate(NUM_BLOCKS, block_size, params, "meta")
+    batch = some_batch(b)
+    n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
+    tokens = b * t
+    ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
+    tree = ops.propose(pages, batch, meta(MAX_CONTEXT + 1, g))
+    build_mask(
+        tree,
+        batch.position,
+        meta(b + 1),
+        meta(b, t, -(-t // 32)),
+        meta(tokens, dtype=torch.int64),
+        meta(tokens),
+    )
+    sampled = meta(b, t, dtype=torch.int64)
+    verdict = ops.verify(tree, sampled, n)
+    counts = meta((MAX_CONTEXT + 1) * g, n - 1, dtype=torch.float64)
+    ops.observe(tree, verdict, counts, counts)
+    # vLLM: K and V of a head side by side
+    cache = meta(NUM_BLOCKS, block_size, 8, 256, dtype=torch.bfloat16)
+    ops.compact([cache] * 32, batch, verdict, block_size)
+    ops.update(pages, batch, tree, sampled, verdict)
+
+
+def server(batches: list[int]) -> None:
+    """Steps of one server as requests come and go, the first one its warm-up."""
+    params = LookaheadParams(15, 5, 15)
+    ops = TritonOps(params, max(batches), "meta")
+    pages = BlockPages.allocate(NUM_BLOCKS, 16, params, "meta")
+    cache = meta(NUM_BLOCKS, 16, 8, 256, dtype=torch.bfloat16)
+    ops.warm_up(pages, meta(4, MAX_BLOCKS), [cache] * 32)
+    for b in batches:
+        step(params, 16, b, ops)
+
+
+def move(dtype: torch.dtype, shape: tuple[int, ...], heads_first: bool) -> None:
+    cache = meta(*shape, dtype=dtype)
+    cache = cache.transpose(1, 2) if heads_first else cache
+    verdict = Verdict(meta(4, 5), meta(4, 5), meta(4))
+    (group,) = LayerCaches.group([cache])
+    compact(group, some_batch(4), verdict, 16)
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {}
+    for name, (sizes, block_size, b) in SERVERS.items():
+        params = LookaheadParams(*sizes)
+        found[name] = lambda p=params, s=block_size, b=b: step(p, s, b)
+    found["server"] = lambda: server([1, 2, 3, 5, 16, 17, 250, 256])
+    for name, cache in CACHES.items():
+        found[name] = lambda cache=cache: move(*cache)
+    return found

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark runs, on shapes small enough for the interpreter."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu import kernels
+
+
+def test_smoke(tmp_path, capsys):
+    out, plot = tmp_path / "kernels.json", tmp_path / "kernels.png"
+    kernels.main(["--smoke", "--out", str(out), "--plot", str(plot)])
+    results = json.loads(out.read_text())
+    by_name = {r["contender"]: r for r in results["attention"]}
+    assert by_name["tree"]["max_error"] < 2e-2
+    assert by_name["tree"]["us"] > 0
+    assert list(by_name) == list(kernels.CONTENDERS)
+    assert all("failed" not in r for r in by_name.values())
+    ops = {"write_tokens", "propose", "mask", "verify", "compact", "update"}
+    assert set(results["step"][0]["us"]) == ops
+    assert plot.exists() or "matplotlib" in capsys.readouterr().out
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    shape = {"num_heads": 32, "num_kv_heads": 8, "contender": "tree"}
+    results = [
+        {**shape, "size": t, "context": c, "us": c} for t in (5, 9) for c in (1, 2)
+    ]
+    kernels.plot(results, tmp_path / "kernels.png")
+    assert (tmp_path / "kernels.png").stat().st_size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_run_without_a_gpu_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main([])
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as done:
+        kernels.main(["--help"])
+    assert not done.value.code
+    assert "--contexts" in capsys.readouterr().out
+
+
+def test_ratios():
+    shape = {"size": 120, "context": 1024, "num_heads": 32, "num_kv_heads": 32}
+    results = [
+        {**shape, "contender": "tree", "us": 12.0},
+        {**shape, "contender": kernels.YARDSTICK, "us": 10.0},
+        {**shape, "contender": "flex", "skipped": "not here"},
+    ]
+    kernels.add_ratios(results)
+    assert results[0]["ratio"] == 1.2
+    assert "ratio" not in results[2]

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from tests.core.build import Row, clone_pages, full_length, ints, make_batch, make_pages
+from tests.core.equivalence import Shape, assert_same_pages, random_state
+from tests.kernels.build import POISON, poison_table, poisoned
+from vllm_lookahead.core import pool as oracle
+from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.triton_kernels.pages import write_tokens
+from vllm_lookahead.triton_kernels.pool import LookupScratch, lookup
+
+
+def look_up(pages, batch, chain_length, splits=None):
+    b, g = len(batch.root), chain_length.shape[1]
+    scratch = LookupScratch.allocate(max(b, splits or 1), g, pages.tokens.device)
+    scratch.found.fill_(POISON)
+    scratch.count.fill_(POISON)
+    candidates = poisoned(b, g, pages.window.shape[1])
+    context = poisoned(b, g)
+    lookup(pages, batch, chain_length, scratch, candidates, context, splits)
+    return candidates, context
+
+
+def assert_same_lookup(pages, batch, chain_length, splits=None):
+    expected = oracle.lookup(pages, batch, chain_length)
+    batch = poison_table(batch, pages.block_size, ahead=-1)
+    found = look_up(pages, batch, chain_length, splits)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+    return expected
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8, 32])
+def test_splits_of_a_ragged_batch(splits):
+    """More splits than blocks, and blocks that do not divide among them."""
+    shape = Shape(3, 4, 3, batch=3, num_blocks=13, vocab=4, holes=True)
+    state = random_state(shape, seed=splits)
+    assert_same_lookup(state.pages, state.batch, state.chain_length, splits)
+
+
+@pytest.mark.parametrize("block_size", [16, 1040])
+def test_one_token_repeated(block_size):
+    """Every slot is a match: far more than are listed, in one class and in all."""
+    pages = make_pages(1200 // block_size + 2, block_size, 0, 4)
+    pages.tokens.fill_(3)
+    blocks = list(range(len(pages.tokens)))[::-1]
+    rows = [Row(blocks, p, 3, g=2) for p in (1, 9, 10, 700, 1100)]
+    _, context = assert_same_lookup(pages, make_batch(rows), full_length(2, 4))
+    assert context[4, 0] == oracle.MAX_CONTEXT
+
+
+def test_a_scan_goes_on_behind_its_first_tile():
+    """The same match in every tile of a split, told apart by what follows."""
+    pages = make_pages(100, 16, 0, 3)
+    pages.tokens[:] = torch.arange(1600).view(100, 16) + 10
+    pages.tokens[:, 5] = 1
+    rows = [Row(list(range(100)), 1597, 1, g=30)]
+    candidates, _ = assert_same_lookup(
+        pages, make_batch(rows), full_length(30, 3), splits=1
+    )
+    assert candidates[0, :, 0].tolist() == [16 * b + 16 for b in range(99, 69, -1)]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(0, 2, 1, batch=1, vocab=2),
+        Shape(0, 16, 2, batch=2, vocab=2),
+        Shape(5, 5, 5, batch=5, vocab=3, at_border=True),
+        Shape(20, 3, 4, batch=2, vocab=3, block_size=4, num_blocks=9),
+        Shape(2, 4, 20, batch=1, vocab=40, num_blocks=12, same_sizes=True),
+        Shape(4, 4, 4, empty_pool=True, vocab=50),
+    ],
+)
+def test_same_as_the_oracle(shape):
+    for seed in range(3):
+        state = random_state(shape, seed)
+        assert_same_lookup(state.pages, state.batch, state.chain_length)
+
+
+def test_no_candidates_wanted():
+    state = random_state(Shape(2, 3, 0), seed=0)
+    candidates, context = look_up(state.pages, state.batch, state.chain_length)
+    assert candidates.shape == (3, 0, 2)
+    assert context.shape == (3, 0)
+
+
+def test_padding_reads_nothing():
+    """Garbage for a block table: as a CUDA graph's padding has it."""
+    pages = make_pages(2, 16, 2, 3)
+    batch = make_batch([Row([POISON], POISON, POISON, g=0)])
+    candidates, context = look_up(pages, batch, full_length(2, 3))
+    assert (candidates == EMPTY).all()
+    assert (context == EMPTY).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 33, 100])
+@pytest.mark.parametrize("w", [0, 3, 20])
+def test_write_tokens(n, w):
+    pages = random_state(Shape(w, 3, 1, block_size=8), seed=w).pages
+    before = clone_pages(pages)
+    slots = torch.randperm(len(pages.tokens) * 8)[:n]
+    slots[1::3] = -1
+    tokens = torch.randint(0, 1000, (n,), dtype=torch.int32)
+    expected = clone_pages(pages)
+    from vllm_lookahead.core.pages import write_tokens as write_tokens_oracle
+
+    write_tokens_oracle(expected, slots, tokens)
+    write_tokens(pages, slots, tokens)
+    assert_same_pages(pages, expected)
+    if n:
+        with pytest.raises(AssertionError):
+            assert_same_pages(pages, before)
+
+
+def test_scratch_too_small():
+    state = random_state(Shape(2, 3, 2), seed=0)
+    scratch = LookupScratch.allocate(1, 2, "cpu")
+    with pytest.raises(ValueError, match="too small for 3 requests"):
+        lookup(
+            state.pages,
+            state.batch,
+            state.chain_length,
+            scratch,
+            ints([[[0] * 2] * 2] * 3),
+            ints([[0] * 2] * 3),
+            splits=64,
+        )

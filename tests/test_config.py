@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
+
+from tests.hf_config import write_config
+from vllm_lookahead.engine import support
+from vllm_lookahead.engine.config import LookaheadConfig, default_params
+from vllm_lookahead.params import LookaheadParams
+
+
+@pytest.fixture(autouse=True)
+def _look_at_models_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM imports a model in a process of its own, which takes seconds."""
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+
+
+def engine_config(model: str, **arguments: Any) -> Any:
+    arguments.setdefault("speculative_config", {"method": "lookahead"})
+    return EngineArgs(
+        model, skip_tokenizer_init=True, **arguments
+    ).create_engine_config()
+
+
+def test_sizes_come_from_the_options() -> None:
+    config = LookaheadConfig.from_options(
+        {"window_size": 15, "ngram_size": 5, "verification_set_size": 15}
+    )
+    assert config.params == LookaheadParams(15, 5, 15)
+    # The scheduler sees N-1 drafts; the other nodes are the worker's.
+    assert config.num_speculative_tokens == 4
+    assert config.max_num_new_slots_for_drafting == 120 - 5
+
+
+def test_sizes_left_out_are_the_platforms() -> None:
+    assert LookaheadConfig.from_options({}).params == default_params("cpu")
+    config = LookaheadConfig.from_options({"method": "lookahead", "ngram_size": 4})
+    assert config.params == LookaheadParams(
+        default_params("cpu").window_size,
+        4,
+        default_params("cpu").verification_set_size,
+    )
+    assert default_params("cuda") == LookaheadParams(15, 5, 15)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window_size": 65}, "window_size=65 is not allowed: .* from 0 to 64"),
+        ({"ngram_size": "five"}, "ngram_size='five' is not allowed: .* from 2 to 16"),
+        ({"window_size": 64, "ngram_size": 16}, "at most 512 are supported"),
+        ({"windows_size": 5}, "windows_size=5 is not an option .* use window_size, "),
+        ({"prompt_lookup_max": 5}, "prompt_lookup_max=5 is not an option"),
+        ({"num_speculative_tokens": 4}, "num_speculative_tokens=4 .* set ngram_size"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        LookaheadConfig.from_options(options)
+    assert "\n" not in str(error.value)
+
+
+def test_config_is_a_value() -> None:
+    config = LookaheadConfig.from_options({"window_size": 3, "ngram_size": 4})
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert replace(config, ngram_size=6).num_speculative_tokens == 5
+    assert repr(config) == (
+        "LookaheadConfig(window_size=3, ngram_size=4, verification_set_size=3)"
+    )
+
+
+def test_vllm_takes_the_config_through(tmp_path: Path) -> None:
+    config = engine_config(write_config(tmp_path), async_scheduling=True)
+    assert type(config.speculative_config) is LookaheadConfig
+    assert config.parallel_config.worker_cls == support.CPU_WORKER
+    assert config.scheduler_config.scheduler_cls == support.SCHEDULER
+    sent = pickle.loads(pickle.dumps(config))
+    assert sent.speculative_config == config.speculative_config
+    assert sent.compute_hash() == config.compute_hash()
+
+
+def test_engine_args_can_be_used_twice(tmp_path: Path) -> None:
+    arguments = EngineArgs(
+        write_config(tmp_path),
+        skip_tokenizer_init=True,
+        spec_method="lookahead",
+        speculative_config={"window-size": 2},
+    )
+    for _ in range(2):
+        config = arguments.create_engine_config().speculative_config
+        assert isinstance(config, LookaheadConfig)
+        assert config.window_size == 2
+
+
+KINDS = {
+    "M-RoPE": {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+    "chunked local attention": {"attention_chunk_size": 64},
+    "sliding-window attention": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 64,
+    },
+    "sliding-window attention in every other layer": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+    },
+    "encoder-decoder models": {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "max_target_positions": 64,
+    },
+    "models without attention": {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+    },
+    "Mamba and other recurrent state": {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+    },
+    "multi-head latent attention": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 16,
+    },
+    "ALiBi": {"architectures": ["BloomForCausalLM"], "model_type": "bloom"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unsupported_models_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    model = write_config(tmp_path, **KINDS[kind])
+    name = kind.removesuffix(" in every other layer")
+    with pytest.raises(ValueError, match=f"lookahead does not support {name} "):
+        engine_config(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"runner": "pooling"}, "does not support pooling models"),
+        ({"pipeline_parallel_size": 2}, "does not support pipeline parallelism"),
+        ({"worker_cls": "mine.Worker"}, "--worker-cls=mine.Worker cannot run"),
+        ({"scheduler_cls": "mine.S"}, "--scheduler-cls=mine.S cannot run"),
+        ({"spec_tokens": 4}, "num_speculative_tokens=4 is not an option"),
+        ({"spec_model": "m"}, "model='m' is not an option"),
+        ({"spec_method": "ngram"}, "--spec-method=ngram and .* mutually exclusive"),
+    ],
+)
+def test_unsupported_setups_are_refused(
+    arguments: dict, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        engine_config(write_config(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False},
+    ],
+)
+def test_an_unused_window_is_no_obstacle(changes: dict, tmp_path: Path) -> None:
+    config = engine_config(write_config(tmp_path, **changes))
+    assert isinstance(config.speculative_config, LookaheadConfig)
+
+
+@pytest.mark.parametrize(
+    ("platform", "triton", "wanted", "worker"),
+    [
+        ("cpu", False, None, support.CPU_WORKER),
+        ("cpu", False, True, support.GPU_WORKER),
+        ("cpu", True, None, support.GPU_WORKER),
+        ("cpu", True, False, support.CPU_WORKER),
+        ("cuda", True, None, support.GPU_WORKER),
+        ("cuda", True, False, None),
+        ("xpu", True, None, None),
+    ],
+)
+def test_the_worker_follows_platform_and_runner(
+    platform: str,
+    triton: bool,
+    wanted: bool | None,
+    worker: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Platform:
+        device_name = platform
+        is_cpu = staticmethod(lambda: platform == "cpu")
+        is_cuda = staticmethod(lambda: platform == "cuda")
+
+    monkeypatch.setattr(support, "current_platform", Platform)
+    monkeypatch.setattr(support, "HAS_TRITON", triton)
+    monkeypatch.setattr(support.envs, "VLLM_USE_V2_MODEL_RUNNER", wanted, raising=False)
+    if worker:
+        assert support.worker_class() == worker
+    else:
+        with pytest.raises(ValueError, match="lookahead (does not run|needs)"):
+            support.worker_class()

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that runs V2 engines, one at a time, on request.
+
+Each line of stdin is a job: {"model", "lookahead", "engine", "batches"}; each line
+written to the pipe of file descriptor `sys.argv[1]` is its result. An engine serves
+every job that asks for the same one in a row.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from interpreter import stand_in, use_oracles
+from models import make_model
+
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 4 << 20,
+    "enforce_eager": True,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 512,
+    "disable_log_stats": False,
+}
+
+
+class Engines:
+    def __init__(self, models: Path) -> None:
+        self.models = models
+        self.key: str | None = None
+        self.llm: Any = None
+
+    def get(self, job: dict[str, Any]) -> Any:
+        from vllm import LLM
+
+        wanted = {k: job.get(k) for k in ("model", "lookahead", "engine")}
+        key = json.dumps(wanted)
+        if key != self.key:
+            self.key, self.llm = None, None
+            model = self.models / "-".join(map(str, job["model"]))
+            if not model.exists():
+                make_model(model, *job["model"])
+            engine = ENGINE | job["engine"]
+            with logits_in_chunks(engine.pop("chunk_rows", None)):
+                self.llm = LLM(
+                    str(model), speculative_config=job["lookahead"], **engine
+                )
+            self.key = key
+        return self.llm
+
+
+def logits_in_chunks(rows: int | None) -> AbstractContextManager:
+    if rows is None:
+        return nullcontext()
+    name = "vllm_lookahead.engine.gpu.model_runner.get_max_chunk_logits"
+    return mock.patch(name, lambda vocab_size: rows)
+
+
+def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    llm = engines.get(job)
+    before = counters(llm)
+    start = time.perf_counter()
+    outputs, samples = [], []
+    for batch in job["batches"]:
+        prompts, params = [], []
+        for request in batch:
+            options = dict(request["params"])
+            if regex := options.pop("regex", None):
+                options["structured_outputs"] = StructuredOutputsParams(regex=regex)
+            if bias := options.get("logit_bias"):  # JSON has no integer keys
+                options["logit_bias"] = {int(token): b for token, b in bias.items()}
+            prompts.append({"prompt_token_ids": request["prompt"]})
+            params.append(SamplingParams(**options))
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            samples += [list(c.token_ids) for c in output.outputs]
+            completion = output.outputs[0]
+            logprobs = completion.logprobs
+            outputs.append(
+                {
+                    "tokens": list(completion.token_ids),
+                    "reason": completion.finish_reason,
+                    "cached": output.num_cached_tokens,
+                    "logprobs": logprobs
+                    and [
+                        sorted((t, p.logprob) for t, p in position.items())
+                        for position in logprobs
+                    ],
+                }
+            )
+    after = counters(llm)
+    return {
+        "outputs": outputs,
+        "samples": samples,
+        "seconds": time.perf_counter() - start,
+        "metrics": {k: v - before.get(k, 0) for k, v in after.items()},
+    }
+
+
+def counters(llm: Any) -> dict[str, float]:
+    from vllm.v1.metrics.reader import Counter
+
+    metrics = llm.get_metrics()
+    return {m.name: m.value for m in metrics if isinstance(m, Counter)}
+
+
+def jobs() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def override_kernels_once() -> None:
+    """vLLM rebinds its CPU kernels per engine, and trips over llvmlite's modules."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    once = functools.cache(platform.register_triton_kernel_overrides)
+    platform.register_triton_kernel_overrides = staticmethod(once)
+
+
+def main() -> None:
+    stand_in()
+    override_kernels_once()
+    if os.environ.get("LOOKAHEAD_ORACLES"):
+        use_oracles()
+    with os.fdopen(int(sys.argv[1]), "w") as results:
+        engines = Engines(Path(sys.argv[2]))
+        for job in jobs():
+            try:
+                result = run(engines, job)
+            except Exception as error:
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(result), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()

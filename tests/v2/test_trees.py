@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees by slot and by row: what `TreeStep.feed` says of a batch."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.sampling_params import SamplingParams
+
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree, build_tree
+from vllm_lookahead.engine.gpu.sizes import NGRAM, TREE, VERIFY, RequestSizes
+from vllm_lookahead.engine.gpu.sizes import WINDOW as W_ROW
+from vllm_lookahead.engine.gpu.step import Plan, TreeStep
+from vllm_lookahead.engine.gpu.trees import TreeSlots
+from vllm_lookahead.params import LookaheadParams
+
+CPU = torch.device("cpu")
+SLOTS = 8
+
+
+def column(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTree:
+    """Trees of random candidates, some of which agree or end early."""
+    draw = torch.Generator().manual_seed(seed)
+    count, k = sizes.shape[1], server.ngram_size - 1
+    g, w = server.verification_set_size, server.window_size
+    candidates = torch.randint(2, 5, (count, g, k), generator=draw).int()
+    lengths = torch.randint(0, k + 1, (count, g, 1), generator=draw)
+    lengths = lengths.minimum(column(sizes[NGRAM])[:, None, None] - 1)
+    lengths = lengths.where(
+        torch.arange(g)[:, None] < column(sizes[VERIFY])[:, None, None], 0
+    )
+    candidates[torch.arange(k) >= lengths] = -1
+    for b in range(count):  # distinct, as the pool's are
+        seen: set[tuple[int, ...]] = set()
+        for i in range(g):
+            chain = tuple(candidates[b, i].tolist())
+            if chain in seen:
+                candidates[b, i] = -1
+            seen.add(chain)
+    batch = RequestBatch(
+        torch.zeros(count, 4, dtype=torch.int32),
+        column([10] * count),
+        column(list(range(90, 90 + count))),
+        column(sizes[W_ROW]),
+        column(sizes[NGRAM]),
+        column(sizes[VERIFY]),
+        column(sizes[TREE]),
+    )
+    window = torch.randint(2, 90, (count, k, w), generator=draw).int()
+    return build_tree(batch, candidates, torch.zeros(count, g).int(), window)
+
+
+@pytest.mark.parametrize("server", [(3, 3, 3), (2, 2, 3), (0, 4, 2), (4, 5, 0)])
+@pytest.mark.parametrize("cut", [None, 2, 5])
+def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
+    params = LookaheadParams(*server)
+    sizes = RequestSizes(SLOTS, params)
+    asked: list[dict[str, int]] = [{}, {"lookahead_verification_set_size": 0}, {}]
+    slots_of = [5, 2, 7, 0]  # the last one is prefilled
+    for slot, extra in zip(slots_of, [*asked, {"lookahead": 0}], strict=True):
+        sizes.add_request(slot, SamplingParams(extra_args=extra), chain=False)
+    n, t = params.ngram_size, params.max_tree_size
+    index = np.array(slots_of[:3])
+    tree = draw_trees(sizes.table[:, index], params, seed=sum(server))
+    slots = TreeSlots(SLOTS, t, CPU)
+    drafts = torch.full((3, n - 1), -7)
+    slots.store(tree, torch.from_numpy(index), drafts)
+
+    fed = sizes.table[TREE, index].copy()
+    if cut is not None:
+        fed = np.minimum(fed, cut)
+    num_tokens = [*fed.tolist(), 6]
+    start = np.cumsum([0, *num_tokens])
+    input_ids = torch.arange(start[-1], dtype=torch.int32)
+    seq_lens = column([10 + f for f in fed] + [6])
+    drafted = [min(n - 1, f - 1) for f in fed]
+    trees_fed = sum(d > 0 for d in drafted)
+    if trees_fed < 3:
+        pytest.skip("vLLM would put the request without drafts last")
+    batch = SimpleNamespace(
+        num_reqs=4,
+        num_tokens=int(start[-1]),
+        num_draft_tokens_per_req=np.array([*drafted, 0], dtype=np.int32),
+        idx_mapping_np=np.array(slots_of),
+        idx_mapping=torch.tensor(slots_of),
+        num_scheduled_tokens=np.array(num_tokens, dtype=np.int32),
+        query_start_loc=column(start),
+        seq_lens=seq_lens,
+        input_ids=input_ids,
+    )
+    plan = Plan.make(batch, sizes, CPU)
+    step = TreeStep(SLOTS, 64 * SLOTS, params, CPU)
+    last_sampled = torch.full((SLOTS, 1), -3)
+    last_sampled[index, 0] = tree.tokens[:, 0].long()
+    step.feed(plan, slots, batch, torch.arange(start[-1]), last_sampled)
+
+    rows = step.rows(4)
+    expected_rows: list[list[int]] = []
+    refill: list[tuple[int, int]] = []
+    for b in range(3):
+        real = min(int(tree.num_nodes[b]), int(fed[b]))
+        whole = int(fed[b]) == sizes.table[TREE, index[b]]
+        assert rows.num_nodes[b] == real
+        assert rows.tokens[b, :real].tolist() == tree.tokens[b, :real].tolist()
+        assert rows.parents[b, :real].tolist() == tree.parents[b, :real].tolist()
+        assert (rows.kinds[b] == CANDIDATE).sum() == (
+            tree.kinds[b, :real] == CANDIDATE
+        ).sum()
+        kept = (tree.kinds[b] == WINDOW).sum() if whole else 0
+        assert (rows.kinds[b] == WINDOW).sum() == kept or not whole
+        assert step.position[b] == 10
+        first = int(start[b])
+        most = 1 + int(sizes.table[VERIFY, index[b]]) * (n - 1)
+        expected_rows += [[first + i, b * t + i] for i in range(min(most, fed[b]))]
+        width = int(sizes.table[W_ROW, index[b]]) if whole else 0
+        for j in range(width):
+            node = real - width + j
+            refill.append(
+                (first + node, SLOTS * t if n == 2 and j == 0 else b * t + node)
+            )
+    assert step.position[3] == 5
+    assert rows.tokens[3, 0] == input_ids[-1]
+    expected_rows.append([int(start[-1]) - 1, 3 * t])
+    count = len(expected_rows)
+    got = torch.stack([step.row_token, step.row_node], 1)
+    assert got[:count].tolist() == expected_rows
+    assert batch.logits_indices.tolist() == [row for row, _ in expected_rows]
+    nodes = got[count : count + len(refill)].tolist()
+    assert [n for _, n in nodes] == [n for _, n in refill]
+    final = step.final_slot[: start[-1]]
+    is_final = torch.ones(int(start[-1]), dtype=torch.bool)
+    for b in range(3):
+        is_final[start[b] + 1 : start[b + 1]] = False
+    assert torch.equal(final >= 0, is_final)
+
+    for b in range(3):
+        chain = drafts[b].tolist()
+        length = 0
+        while length < n - 1 and int(tree.depths[b, length + 1]) == length + 1:
+            if int(tree.kinds[b, length + 1]) != CANDIDATE:
+                break
+            length += 1
+        assert chain[:length] == tree.tokens[b, 1 : length + 1].tolist()
+        assert chain[length:] == [0] * (n - 1 - length)
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "most", "nodes"),
+    [(2, 99, 12), (2, 12, 12), (2, 11, 7), (2, 5, 5), (1, 99, 2), (2, 1, 1)],
+)
+def test_num_nodes(num_drafts: int, most: int, nodes: int) -> None:
+    sizes = RequestSizes(SLOTS, LookaheadParams(3, 3, 3))
+    sizes.add_request(1, SamplingParams(), chain=False)
+    assert sizes.num_nodes(1, num_drafts, most) == nodes
+    sizes.add_request(1, SamplingParams(), chain=True)
+    assert sizes.num_nodes(1, num_drafts, most) == min(nodes, 3)
+    sizes.add_request(1, SamplingParams(extra_args={"lookahead": 0}), chain=False)
+    assert sizes.num_nodes(1, num_drafts, most) == 1

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers ask of their arguments."""
+
+import torch
+
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.tree import DraftTree
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def expect(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    *dtypes: torch.dtype,
+    rows_apart: bool = False,
+) -> None:
+    """Raise unless a tensor is what a kernel will take it for.
+
+    Args:
+        name: of the argument, for the message.
+        shape: -1 stands for any size.
+        dtypes: those allowed; int32 if none is given.
+        rows_apart: only the last dimension must be contiguous, not the whole.
+    """
+    dtypes = dtypes or (torch.int32,)
+    fits = len(tensor.shape) == len(shape) and all(
+        want in (-1, size) for want, size in zip(shape, tensor.shape, strict=True)
+    )
+    dense = tensor.stride(-1) == 1 if rows_apart else tensor.is_contiguous()
+    if fits and tensor.dtype in dtypes and (dense or not tensor.numel()):
+        return
+    raise ValueError(
+        f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
+        f"{tensor.stride()}; the kernel takes {' or '.join(map(str, dtypes))} "
+        f"{shape}, {'rows' if rows_apart else 'all of it'} contiguous"
+    )
+
+
+def expect_batch(batch: RequestBatch) -> int:
+    """Check a batch; return B, the number of its requests."""
+    b = batch.block_table.shape[0]
+    expect("block_table", batch.block_table, (b, -1), rows_apart=True)
+    expect("position", batch.position, (b,))
+    expect("root", batch.root, (b,))
+    expect("window_size", batch.window_size, (b,))
+    expect("ngram_size", batch.ngram_size, (b,))
+    expect("verification_set_size", batch.verification_set_size, (b,))
+    expect("max_nodes", batch.max_nodes, (b,))
+    return b
+
+
+def expect_tree(tree: DraftTree) -> tuple[int, int]:
+    """Check trees; return B and T."""
+    b, t = tree.tokens.shape
+    columns = (tree.tokens, tree.parents, tree.depths, tree.kinds, tree.origins)
+    for name, column in zip(
+        ("tokens", "parents", "depths", "kinds", "origins"), columns, strict=True
+    ):
+        expect(f"tree.{name}", column, (b, t), rows_apart=True)
+        if column.stride(0) != tree.tokens.stride(0):
+            raise ValueError(f"tree.{name} and tree.tokens differ in row stride")
+    expect("tree.num_nodes", tree.num_nodes, (b,))
+    return b, t

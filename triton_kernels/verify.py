@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample and match: walk each tree while a candidate carries the token sampled.
+
+Oracle: `core.verify.verify`; `observe` for the counts of what was accepted.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.triton_kernels.checks import INTEGERS, expect, expect_tree
+from vllm_lookahead.triton_kernels.jit import jit
+from vllm_lookahead.triton_kernels.pages import NO_TOKEN
+
+KIND_CANDIDATE = tl.constexpr(CANDIDATE)
+
+
+@jit
+def _verify_kernel(
+    emitted_ptr,  # [B, N] int32, out
+    path_ptr,  # [B, N] int32, out
+    num_emitted_ptr,  # [B] int32, out
+    tokens_ptr,  # [B, T] int32
+    parents_ptr,  # [B, T] int32
+    kinds_ptr,  # [B, T] int32
+    num_nodes_ptr,  # [B] int32
+    sampled_ptr,  # [B, T]
+    stride_tree,
+    stride_sampled,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    node = tl.arange(0, BLOCK_T)
+    num_nodes = tl.load(num_nodes_ptr + b)
+    live = node < tl.minimum(num_nodes, T)
+    row = b * stride_tree + node
+    kind = tl.load(kinds_ptr + row, mask=live, other=0)
+    is_candidate = live & (kind == KIND_CANDIDATE)
+    token = tl.load(tokens_ptr + row, mask=is_candidate, other=NO_TOKEN)
+    parent = tl.load(parents_ptr + row, mask=is_candidate, other=NO_TOKEN)
+
+    at = tl.where(num_nodes > 0, 0, T)  # T: the walk is over
+    num_emitted = 0
+    for i in tl.static_range(N):
+        alive = at < T
+        y = tl.load(sampled_ptr + b * stride_sampled + at, mask=alive, other=NO_TOKEN)
+        y = y.to(tl.int32)
+        tl.store(emitted_ptr + b * N + i, y)
+        tl.store(path_ptr + b * N + i, tl.where(alive, at, NO_TOKEN))
+        num_emitted += alive.to(tl.int32)
+        child = is_candidate & (parent == at) & (token == y)
+        at = tl.min(tl.where(child, node, T), 0)
+    tl.store(num_emitted_ptr + b, num_emitted)
+
+
+def verify(tree: DraftTree, sampled: torch.Tensor, verdict: Verdict) -> None:
+    """Walk every tree.
+
+    Args:
+        tree: siblings carry distinct tokens. A tree of 0 nodes emits nothing.
+        sampled: [B, T] int32 or int64, the token sampled at each node; only the
+            root's and the candidates' are read.
+        verdict: out, of at most N tokens.
+    """
+    b, t = expect_tree(tree)
+    n = verdict.tokens.shape[1]
+    expect("sampled", sampled, (b, t), *INTEGERS, rows_apart=True)
+    expect("verdict.tokens", verdict.tokens, (b, n))
+    expect("verdict.path", verdict.path, (b, n))
+    expect("verdict.num_emitted", verdict.num_emitted, (b,))
+    if not b:
+        return
+    _verify_kernel[(b,)](
+        verdict.tokens,
+        verdict.path,
+        verdict.num_emitted,
+        tree.tokens,
+        tree.parents,
+        tree.kinds,
+        tree.num_nodes,
+        sampled,
+        tree.tokens.stride(0),
+        sampled.stride(0),
+        T=t,
+        N=n,
+        BLOCK_T=triton.next_power_of_2(t),
+        num_warps=1,  # no barrier per token of the walk
+    )
+
+
+@jit
+def _observe_kernel(
+    trials_ptr,  # [origins, DEPTHS] float64, in and out
+    hits_ptr,  # [origins, DEPTHS] float64, in and out
+    path_ptr,  # [B, N] int32
+    kinds_ptr,  # [B, T] int32
+    depths_ptr,  # [B, T] int32
+    origins_ptr,  # [B, T] int32
+    num_nodes_ptr,  # [B] int32
+    stride_tree,
+    T: tl.constexpr,
+    N: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    node = tl.arange(0, BLOCK_T)
+    live = node < tl.minimum(tl.load(num_nodes_ptr + b), T)
+    row = b * stride_tree + node
+    kind = tl.load(kinds_ptr + row, mask=live, other=0)
+    origin = tl.load(origins_ptr + row, mask=live, other=-1)
+    depth = tl.load(depths_ptr + row, mask=live, other=1)
+    counted = live & (kind == KIND_CANDIDATE) & (origin >= 0)
+    on_path = tl.load(path_ptr + b * N + depth, mask=counted & (depth < N), other=-1)
+    accepted = counted & (on_path == node)
+    cell = origin * DEPTHS + depth - 1
+    one = tl.full([BLOCK_T], 1, tl.float64)
+    tl.atomic_add(trials_ptr + cell, one, mask=counted, sem="relaxed")
+    tl.atomic_add(hits_ptr + cell, one, mask=accepted, sem="relaxed")
+
+
+def observe(
+    tree: DraftTree, verdict: Verdict, trials: torch.Tensor, hits: torch.Tensor
+) -> None:
+    """Count which candidates were accepted, by where they came from.
+
+    Args:
+        tree: as fed.
+        verdict: of the tree.
+        trials: [(MAX_CONTEXT + 1) * G, N-1] float64, candidate nodes verified, by
+            origin and depth - 1; added to.
+        hits: like `trials`, those accepted; added to.
+    """
+    b, t = expect_tree(tree)
+    n = verdict.path.shape[1]
+    expect("verdict.path", verdict.path, (b, n))
+    expect("trials", trials, (-1, n - 1), torch.float64)
+    expect("hits", hits, tuple(trials.shape), torch.float64)
+    if not b or not trials.numel():
+        return
+    _observe_kernel[(b,)](
+        trials,
+        hits,
+        verdict.path,
+        tree.kinds,
+        tree.depths,
+        tree.origins,
+        tree.num_nodes,
+        tree.tokens.stride(0),
+        T=t,
+        N=n,
+        DEPTHS=n - 1,
+        BLOCK_T=triton.next_power_of_2(t),
+        num_warps=1,
+    )

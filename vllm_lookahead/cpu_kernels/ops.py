@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LookaheadOps` in Numba: what a CPU runs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.cpu_kernels import mask as mask_lib
+from vllm_lookahead.cpu_kernels import propose as propose_lib
+from vllm_lookahead.cpu_kernels import update as update_lib
+from vllm_lookahead.cpu_kernels import verify as verify_lib
+from vllm_lookahead.params import LookaheadParams
+
+
+class NumbaOps:
+    """`LookaheadOps` on CPU tensors, with the results of `TorchOps`."""
+
+    write_tokens = staticmethod(update_lib.write_tokens)
+    propose = staticmethod(propose_lib.propose)
+    fill_mask = staticmethod(mask_lib.fill_mask)
+    verify = staticmethod(verify_lib.verify)
+    compact = staticmethod(verify_lib.compact)
+    observe = staticmethod(verify_lib.observe)
+    update = staticmethod(update_lib.update)
+
+
+def warm_up(
+    params: LookaheadParams, block_size: int, caches: Sequence[torch.Tensor] = ()
+) -> None:
+    """Compile every kernel, or load it from Numba's cache, before the first step.
+
+    Args:
+        params: sizes to try.
+        block_size: tokens per block.
+        caches: as `compact` will get them: the kernel that moves their K/V depends
+            on dtype and layout. Nothing in them changes.
+    """
+    ops = NumbaOps()
+    pages = BlockPages.allocate(1, block_size, params)
+    chain_length = torch.full(
+        (MAX_CONTEXT + 1, params.verification_set_size),
+        params.ngram_size - 1,
+        dtype=torch.int32,
+    )
+
+    def one(value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32)
+
+    batch = RequestBatch(
+        block_table=one(0)[None],
+        position=one(1),
+        root=one(0),
+        window_size=one(params.window_size),
+        ngram_size=one(params.ngram_size),
+        verification_set_size=one(params.verification_set_size),
+        max_nodes=one(params.max_tree_size),
+    )
+    ops.write_tokens(pages, torch.tensor([0, 1]), torch.tensor([0, 0]))
+    tree = ops.propose(pages, batch, chain_length)
+    size = tree.tokens.shape[1]
+    ops.fill_mask(tree, torch.empty(1, size, size))
+    verdict = ops.verify(tree, torch.zeros_like(tree.tokens), params.ngram_size)
+    ops.compact([], batch, verdict, block_size)
+    slot = np.zeros((2, 1), np.int64)
+    verify_lib.move_slots(caches, *slot)
+    shape = ((MAX_CONTEXT + 1) * params.verification_set_size, params.ngram_size - 1)
+    trials = torch.zeros(shape, dtype=torch.float64)
+    ops.observe(tree, verdict, trials, trials.clone())
+    ops.update(pages, batch, tree, tree.tokens, verdict)

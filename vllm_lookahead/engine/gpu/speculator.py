@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Propose: at the end of a step, build the trees of the next."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_lookahead.core.pool import MAX_CONTEXT
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
+
+
+class LookaheadSpeculator(BaseSpeculator):
+    """Drafts without a model: the pool and the window are in the block pages."""
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(self, runner: "LookaheadModelRunner") -> None:
+        self.runner = runner
+        params, device = runner.lookahead, runner.device
+        num_drafts = params.ngram_size - 1
+        self.chain_length = torch.full(
+            (MAX_CONTEXT + 1, params.verification_set_size),
+            num_drafts,
+            dtype=torch.int32,
+            device=device,
+        )
+        self.drafts = torch.zeros(
+            runner.max_num_reqs, num_drafts, dtype=torch.int64, device=device
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """No graph of its own: a few launches, all of them device-driven."""
+
+    def capture(self) -> None:
+        """Nothing to capture."""
+
+    def propose(
+        self,
+        input_batch: "InputBatch",
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Put the batch's next trees into their slots.
+
+        Returns:
+            [B, N-1] int64, the first candidate of each request.
+        """
+        runner, plan = self.runner, self.runner.step.plan
+        drafts = self.drafts[: input_batch.num_reqs]
+        if dummy_run or not plan.drafts:
+            return drafts.zero_()
+        states, idx_mapping = runner.req_states, input_batch.idx_mapping
+        batch = plan.batch(
+            runner.block_tables.input_block_tables[0],
+            states.num_computed_tokens.gpu[idx_mapping],
+            states.last_sampled_tokens[idx_mapping, 0].int(),
+        )
+        tree = runner.ops.propose(runner.pages, batch, self.chain_length)
+        runner.slots.store(tree, idx_mapping, drafts)
+        return drafts

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V2 worker: vLLM's, with a lookahead model runner."""
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.mem_utils import format_gib
+
+from vllm_lookahead.core.pages import page_bytes
+from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as BaseWorker
+
+logger = init_logger("vllm.lookahead")
+
+
+class LookaheadGPUWorker(BaseWorker):
+    model_runner: Any
+
+    def _make_model_runner(self) -> Any:
+        return LookaheadModelRunner(self.vllm_config, self.device)
+
+    def init_device(self) -> None:
+        super().init_device()
+        # The CPU worker does not ask `_make_model_runner`.
+        if not isinstance(self.model_runner, LookaheadModelRunner):
+            self.model_runner = self._make_model_runner()
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Memory for K/V, less what the pages take."""
+        available = super().determine_available_memory()
+        (block_size,) = {s.block_size for s in self.get_kv_cache_spec().values()}
+        kv = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
+        page = page_bytes(block_size, self.model_runner.lookahead)
+        pages = available * page // (kv + page)
+        logger.info(
+            "Lookahead pages take %s GiB, %.2f%% of the K/V cache's memory",
+            format_gib(pages),
+            100 * page / (kv + page),
+        )
+        return available - pages
