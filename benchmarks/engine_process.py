@@ -66,7 +66,7 @@ class EngineProcess:
 
     def _signal(self, number: int) -> None:
         # Workers may have sessions of their own: signal the tree, not the group.
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         try:
             root = psutil.Process(self.process.pid)

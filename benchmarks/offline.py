@@ -21,10 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import prompts as prompt_sets
-from engine_process import EngineProcess
+import prompts as prompt_sets  # type: ignore[import-not-found]
+from engine_process import EngineProcess  # type: ignore[import-not-found]
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -75,8 +73,8 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=1)
     add("--repeats", type=int, default=3)
-    add("--min-distinct", type=float, default=0.0, metavar="RATIO",
-        help="leave out prompts whose plain output has fewer distinct trigrams")  # fmt: skip
+    help_text = "leave out prompts whose plain output has fewer distinct trigrams"
+    add("--min-distinct", type=float, default=0.0, metavar="RATIO", help=help_text)
     add("--eager", action="store_true", help="no torch.compile")
     add("--dtype", default="auto")
     add("--max-model-len", type=int, default=2048)
@@ -142,7 +140,7 @@ def measure(args: argparse.Namespace, engines: dict[str, EngineProcess]) -> Any:
             result = engine.run(job(texts))
             tokens = sum(len(t) for steps in result["steps"] for t in steps)
             steps = sum(map(len, result["steps"]))
-            outputs = [sum(steps, []) for steps in result.pop("steps")]
+            outputs: list[list[int]] = [sum(steps, []) for steps in result.pop("steps")]
             result |= {"tokens": tokens, "request_steps": steps, "outputs": outputs}
             turns[method].append(result)
             print(f"turn {turn + 1}, {method}: {tokens / result['seconds']:.1f} tok/s",

@@ -42,7 +42,7 @@ def load(dataset: str, data_dir: str | None, limit: int) -> list[str]:
         path = Path(folder) / FILES[dataset]
     if not path.exists():
         raise SystemExit(f"--dataset {dataset}: there is no file {path}")
-    prompts = []
+    prompts: list[str] = []
     for number, row in enumerate(_rows(path), 1):
         if len(prompts) == limit:
             break

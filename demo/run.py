@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 BENCHMARKS = HERE.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from engine_process import EngineProcess
+from engine_process import EngineProcess  # type: ignore  # noqa: E402
 
 ENGINE: dict[str, Any] = {
     "model": str(HERE / "model"),
@@ -102,8 +102,8 @@ def main() -> None:
     ):
         show(f"{i}. plain", prompt, tokenizer.decode(sum(one, [])), width)
         legend = "a colour per step" if fancy else "a bar between steps"
-        steps = mark(pieces(tokenizer, other), fancy)
-        show(f"{i}. lookahead, {legend}", prompt, steps, width)
+        marked = mark(pieces(tokenizer, other), fancy)
+        show(f"{i}. lookahead, {legend}", prompt, marked, width)
         same = sum(one, []) == sum(other, [])
         print(f"--- the same {len(sum(one, []))} tokens: {'yes' if same else 'NO'}\n")
 

@@ -19,7 +19,6 @@ import os
 import platform
 import random
 import re
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -33,50 +32,29 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 
 BOS, EOS = 0, 1
-# Import name -> licence and weight: the visits of a file in a pass, or below 1 the
-# share of the files that is used.
-PACKAGES: dict[str, tuple[str, float]] = {
-    "torch": ("BSD-3-Clause", 0.25),
-    "torchgen": ("BSD-3-Clause", 0.3),
-    "transformers": ("Apache-2.0", 0.5),
-    "vllm": ("Apache-2.0", 0.25),
-    "numpy": ("BSD-3-Clause", 0.5),
-    "sympy": ("BSD-3-Clause", 0.12),
-    "networkx": ("BSD-3-Clause", 0.7),
-    "mpmath": ("BSD-3-Clause", 0.5),
-    "fsspec": ("BSD-3-Clause", 1.5),
-    "jinja2": ("BSD-3-Clause", 1.5),
-    "starlette": ("BSD-3-Clause", 1.5),
-    "uvicorn": ("BSD-3-Clause", 1.5),
-    "click": ("BSD-3-Clause", 1.5),
-    "httpx": ("BSD-3-Clause", 1.5),
-    "httpcore": ("BSD-3-Clause", 1.0),
-    "psutil": ("BSD-3-Clause", 1.0),
-    "_pytest": ("MIT", 1.0),
-    "attr": ("MIT", 1.0),
-    "cachetools": ("MIT", 1.5),
-    "h11": ("MIT", 1.0),
-    "jsonschema": ("MIT", 1.0),
-    "mypy": ("MIT", 0.6),
-    "urllib3": ("MIT", 1.5),
-    "prometheus_client": ("Apache-2.0", 1.0),
-    "sortedcontainers": ("Apache-2.0", 1.5),
-    "websockets": ("BSD-3-Clause", 1.0),
-    "pygments": ("BSD-2-Clause", 0.2),
-    "numba": ("BSD-2-Clause", 0.2),
-    "setuptools": ("MIT", 1.0),
-    "pip": ("MIT", 1.5),
-    "rich": ("MIT", 1.0),
-    "typer": ("MIT", 1.0),
-    "fastapi": ("MIT", 1.0),
-    "pydantic": ("MIT", 1.0),
-    "anyio": ("MIT", 1.0),
-    "lark": ("MIT", 1.0),
-    "requests": ("Apache-2.0", 1.5),
-    "aiohttp": ("Apache-2.0", 1.5),
-    "huggingface_hub": ("Apache-2.0", 1.0),
-    "openai": ("Apache-2.0", 0.05),
-    "ray": ("Apache-2.0", 0.3),
+# Licence -> packages by import name and weight: the visits of a file in a pass, or
+# below 1 the share of the files that is used.
+LICENCES = {
+    "BSD-3-Clause": """
+        torch:0.25 torchgen:0.3 numpy:0.5 sympy:0.12 networkx:0.7 mpmath:0.5
+        fsspec:1.5 jinja2:1.5 starlette:1.5 uvicorn:1.5 click:1.5 httpx:1.5
+        httpcore:1.0 psutil:1.0 websockets:1.0
+    """,
+    "Apache-2.0": """
+        transformers:0.5 vllm:0.25 prometheus_client:1.0 sortedcontainers:1.5
+        requests:1.5 aiohttp:1.5 huggingface_hub:1.0 openai:0.05 ray:0.3
+    """,
+    "MIT": """
+        _pytest:1.0 attr:1.0 cachetools:1.5 h11:1.0 jsonschema:1.0 mypy:0.6
+        urllib3:1.5 setuptools:1.0 pip:1.5 rich:1.0 typer:1.0 fastapi:1.0 pydantic:1.0
+        anyio:1.0 lark:1.0
+    """,
+    "BSD-2-Clause": "pygments:0.2 numba:0.2",
+}
+PACKAGES = {
+    name: (licence, float(weight))
+    for licence, packages in LICENCES.items()
+    for name, weight in (item.split(":") for item in packages.split())
 }
 STDLIB_WEIGHT, TEST_WEIGHT = 3.0, 0.15
 # Vendored copies, generated tables, and files that duplicate the standard library.
@@ -137,9 +115,8 @@ def gather() -> list[Document]:
             if digits > 0.15 or longest > 500 or BENCHMARKS.search(text):
                 continue
             seen.add(digest)
-            if source == "transformers" and relative.startswith("models/"):
-                if share(name) > 0.1:  # near-duplicates of each other
-                    continue
+            if name.startswith("transformers/models/") and share(name) > 0.1:
+                continue  # near-duplicates of each other
             documents.append(Document(source, text, max(1.0, visits), held_out))
 
     def lines(text: str) -> set[str]:
@@ -189,7 +166,8 @@ class Block(nn.Module):
 
     def __init__(self, c: dict) -> None:
         super().__init__()
-        hidden, inner, self.dim = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+        hidden, inner = c["hidden_size"], c["intermediate_size"]
+        self.dim = c["head_dim"]
         self.heads, self.kv = c["num_attention_heads"], c["num_key_value_heads"]
         sizes = {
             "q_proj": (hidden, self.heads * self.dim),
@@ -309,7 +287,9 @@ def evaluate(model: nn.Module, ids: list[Tensor], length: int = 1024) -> float:
     return total / count
 
 
-def save(out: Path, model: Llama, config: dict, tokenizer: Tokenizer, card: str) -> None:
+def save(
+    out: Path, model: Llama, config: dict, tokenizer: Tokenizer, card: str
+) -> None:
     """Write the folder's files to a temporary folder, then rename them."""
     part = out.with_name(out.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
@@ -335,6 +315,7 @@ def save(out: Path, model: Llama, config: dict, tokenizer: Tokenizer, card: str)
         (part / name).write_text(json.dumps(content, indent=2) + "\n")
     (part / "README.md").write_text(card)
     for path in part.iterdir():
+        path.chmod(0o644)  # safetensors leaves its files to the owner alone
         os.replace(path, out / path.name)
     part.rmdir()
 
@@ -370,8 +351,8 @@ enough to live in the repository and to run on two CPU cores.  Made by
 Python {python}'s standard library and installed packages ({corpus_bytes:,} bytes,
 {corpus_tokens:,} tokens in all).  Generated tables, vendored copies and most of
 `transformers/models` are left out, as is every file that names HumanEval, GSM8K or
-MBPP.  A pass visits a file as often as its weight says; a weight below 1 is the share of
-the files used ({test_weight} for the standard library's tests).
+MBPP.  A pass visits a file as often as its weight says; a weight below 1 is the
+share of the files used ({test_weight} for the standard library's tests).
 
 | Source | Licence | Files | Bytes | Weight |
 |---|---|---:|---:|---:|
@@ -410,7 +391,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's; AdamW: a fifth")
     parser.add_argument("--save-every", type=float, default=6.0, help="minutes")
     parser.add_argument("--resume", action="store_true", help="start from --out")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
 
 
@@ -468,7 +449,7 @@ def main() -> None:
     rest = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    step_model = torch.compile(model, dynamic=False) if args.compile else model
+    step_model = model if args.no_compile else torch.compile(model, dynamic=False)
     lengths = ((0.0, 512), (0.65, 1024), (0.92, 2048))
     start, seen, steps, length = time.monotonic(), 0, 0, 0
     saved = marked = start
@@ -534,4 +515,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -66,7 +66,7 @@ def test_bad_options_are_named_in_one_line(options: dict, words: str) -> None:
 
 
 def test_config_is_a_value() -> None:
-    config = LookaheadConfig.from_options({"window_size": 3, "ngram_size": 4})
+    config = LookaheadConfig(window_size=3, ngram_size=4, verification_set_size=3)
     assert pickle.loads(pickle.dumps(config)) == config
     assert replace(config, ngram_size=6).num_speculative_tokens == 5
     assert repr(config) == (

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wherever in an accepted n-gram generation ends, it ends as plain vLLM's does."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.cpu.test_lossless import TREE, same_as_plain
@@ -17,9 +20,7 @@ def loops(engines: Engines) -> list[list[int]]:
     texts = [LOOP, *prompts(3, seed=31)]
     result = engines.run([[request(t, max_tokens=60)] for t in texts], TREE)
     assert result["metrics"][ACCEPTED] > 60
-    return [
-        t + o["tokens"][:30] for t, o in zip(texts, result["outputs"], strict=True)
-    ]
+    return [t + o["tokens"][:30] for t, o in zip(texts, result["outputs"], strict=True)]
 
 
 def test_max_tokens_at_each_index(engines: Engines) -> None:
@@ -37,14 +38,18 @@ def test_stop_token_at_each_index(engines: Engines) -> None:
     same_as_plain(engines, jobs, TREE)
 
 
-def test_second_eos_id(engines: Engines) -> None:
+def test_second_eos_id(engines: Engines, tmp_path: Path) -> None:
     """Every id of a list of EOS ids ends a request, and none under ignore_eos."""
     text = loops(engines)[0]
     ahead = engines.run([[request(text)]])["outputs"][0]["tokens"]
     for eos in ([EOS, ahead[2]], [ahead[3], EOS]):
         job = [[request(text, ignore_eos=False), request(text, ignore_eos=True)]]
-        overrides = {"override_generation_config": {"eos_token_id": eos}}
-        result = same_as_plain(engines, job, TREE, **overrides)
+        folder = tmp_path / str(eos[0])
+        folder.mkdir()
+        (folder / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": eos})
+        )
+        result = same_as_plain(engines, job, TREE, generation_config=str(folder))
         ended, ignored = result["outputs"]
         assert ended["reason"] == "stop"
         assert len(ended["tokens"]) <= 4

@@ -79,13 +79,15 @@ def test_pages(lend):
     assert_same()
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_compaction(lend, heads_first):
-    first = TOO_FAR // (8 * 33) + 1
-    shape = (first + 4, 1, 8, 33) if heads_first else (first + 4, 8, 1, 33)
-    cache = lend(shape, torch.int8)
-    cache = cache.transpose(1, 2) if heads_first else cache
-    near = torch.randint(-128, 128, (4, 8, 1, 33), dtype=torch.int8)
+@pytest.mark.parametrize("layout", ["BNHC", "BHNC", "HBNC"])
+def test_compaction(lend, layout):
+    """Far blocks; and, with the heads outermost, far heads."""
+    heads = 3 if layout == "HBNC" else 1
+    first = TOO_FAR // (8 * 33) // (heads - 1 or 1) + 1
+    sizes = {"B": first + 4, "N": 8, "H": heads, "C": 33}
+    cache = lend(tuple(sizes[d] for d in layout), torch.int8)
+    cache = cache.permute([layout.index(d) for d in "BNHC"])
+    near = torch.randint(-128, 128, (4, 8, heads, 33), dtype=torch.int8)
     cache[first:] = near
     path = ints([[0, 3, 9, 11, -1]])
     verdict = Verdict(path, path, ints([4]))

@@ -4,7 +4,7 @@ import torch
 
 from tests.core.build import Row, clone_pages, full_length, ints, make_batch, make_pages
 from tests.core.equivalence import Shape, assert_same_pages, random_state
-from tests.kernels.build import POISON, poison_table, poisoned
+from tests.kernels.build import ORACLE, POISON, poison_table, poisoned
 from vllm_lookahead.core import pool as oracle
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.triton_kernels.pages import write_tokens
@@ -62,6 +62,36 @@ def test_a_scan_goes_on_behind_its_first_tile():
     assert candidates[0, :, 0].tolist() == [16 * b + 16 for b in range(99, 69, -1)]
 
 
+def matches_of(values: list[int]):
+    """The root once per block, after a token of its own, then one of `values`."""
+    blocks = len(values)
+    pages = make_pages(blocks + 1, 16, 0, 2)
+    pages.tokens[:] = torch.arange(16 * blocks + 16).view(-1, 16) + 1000
+    pages.tokens[:blocks, 5] = 1
+    pages.tokens[:blocks, 6] = ints(values)
+    row = Row(list(range(blocks + 1)), 16 * blocks + 3, 1, n=2, g=2)
+    return pages, make_batch([row]), full_length(2, 2)
+
+
+@pytest.mark.parametrize(("values", "found"), [([7], 7), ([7, 8], EMPTY)])
+def test_how_many_entries_are_ranked(values, found):
+    """4G of them; the others may be anything."""
+    pages, batch, chain_length = matches_of([*values, 9, *[8] * 6])
+    candidates, _ = assert_same_lookup(pages, batch, chain_length)
+    assert candidates.tolist() == [[[8], [9]]]
+    pages, batch, chain_length = matches_of([*values, *[8] * 7])
+    candidates, _ = assert_same_lookup(pages, batch, chain_length)
+    assert candidates.tolist() == [[[8], [found]]]
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8, 9])
+def test_no_entry_is_in_two_splits(splits):
+    """Else 4G of them would not reach back to the oldest."""
+    pages, batch, chain_length = matches_of([7, *[8] * 7])
+    candidates, _ = assert_same_lookup(pages, batch, chain_length, splits)
+    assert candidates.tolist() == [[[8], [7]]]
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -104,9 +134,7 @@ def test_write_tokens(n, w):
     slots[1::3] = -1
     tokens = torch.randint(0, 1000, (n,), dtype=torch.int32)
     expected = clone_pages(pages)
-    from vllm_lookahead.core.pages import write_tokens as write_tokens_oracle
-
-    write_tokens_oracle(expected, slots, tokens)
+    ORACLE.write_tokens(expected, slots, tokens)
     write_tokens(pages, slots, tokens)
     assert_same_pages(pages, expected)
     if n:

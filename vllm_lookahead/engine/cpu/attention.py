@@ -45,6 +45,8 @@ class LookaheadAttentionMetadata(CPUAttentionMetadata):
 
 
 class LookaheadAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    isa: str
+
     def build(
         self,
         common_prefix_len: int,

@@ -30,11 +30,11 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             return LookaheadCPUModelRunner(plain, device, lookahead.params)
 
         original = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = make_runner  # type: ignore[assignment, misc]
+        cpu_worker.CPUModelRunner = make_runner
         try:
             super().init_device()
         finally:
-            cpu_worker.CPUModelRunner = original  # type: ignore[misc]
+            cpu_worker.CPUModelRunner = original
 
     def determine_available_memory(self) -> int:
         """K/V memory, less what the pages take."""
