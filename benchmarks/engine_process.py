@@ -32,7 +32,6 @@ class EngineProcess:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
-                start_new_session=True,
                 text=True,
             )
         os.close(write)
@@ -65,7 +64,7 @@ class EngineProcess:
         return json.loads(line)
 
     def _signal(self, number: int) -> None:
-        # Workers may have sessions of their own: signal the tree, not the group.
+        # Not the process group: workers may have sessions of their own.
         import psutil  # type: ignore[import-untyped]
 
         try:

@@ -105,8 +105,8 @@ def target_arch() -> int:
 def _config(head_size: int, rows: int, arch: int, item: int = 2) -> Config:
     """Tiles of a launch: all rows in one if they fit, for K/V is then read once.
 
-    Compiled for sm_80, sm_90 and sm_100 at head sizes 64 and 128, none spills. (At
-    128, 128 rows did on sm_90 with 4 warps; they have 8.)
+    No 16-bit one up to a head size of 128 spills on sm_80, sm_90 and sm_100. (At
+    128, 128 rows did on sm_90 with 4 warps, and on sm_80 with tiles of 64 tokens.)
 
     Args:
         rows: nodes of the largest tree times the query heads of a K/V head.
@@ -118,18 +118,21 @@ def _config(head_size: int, rows: int, arch: int, item: int = 2) -> Config:
     block_m = min(max(16, triton.next_power_of_2(rows)), 128)
     while block_m * line > shared // 3:
         block_m //= 2
-    num_warps = 8 if block_m == 128 else 4
-    # For want of registers; tensor cores of sm_90 and up leave Q out of them.
-    light = line <= 128 and arch in (90, 100, 103)
-    most = (16 if light else 8) // num_warps
+    # Tensor cores that read Q and K from shared memory, not from registers.
+    reads_shared = arch in (90, 100, 103)
+    wide = block_m == 128 or (not reads_shared and block_m * line >= 2**15)
+    num_warps = 8 if wide else 4
+    most = (16 if reads_shared and line <= 128 else 8) // num_warps  # by registers
+    longest = 64 if line <= (256 if reads_shared else 128) else 32
+    if arch in (100, 103) and line <= 128:
+        longest = 32  # 64 tokens spilled 8 bytes
     # Loads run a tile fewer ahead than there are stages: with 2, hardly at all. Two
     # programs on an SM cover for each other; one needs more stages.
     for per_sm in range(most, 0, -1):
-        for block_n, stages in ((64, 4), (64, 3), (32, 3), (32, 2), (32, 1)):
-            used = block_m * line + 2 * stages * block_n * line
-            if (stages < 3 and per_sm > 1) or (line > 256 and block_n > 32):
+        for block_n, stages in ((64, 4), (64, 3), (32, 4), (32, 3), (32, 2), (32, 1)):
+            if block_n > longest or (stages < 3 and per_sm > 1):
                 continue
-            if used <= shared // per_sm:
+            if block_m * line + 2 * stages * block_n * line <= shared // per_sm:
                 return Config(block_m, block_n, num_warps, stages, per_sm)
     raise ValueError(f"head size {head_size} does not fit an SM of sm_{arch}")
 

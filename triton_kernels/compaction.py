@@ -100,10 +100,10 @@ def _compact_kernel(
     block_table_ptr,  # [B, max_blocks] int32
     position_ptr,  # [B] int32
     stride_table,
-    stride_block: tl.int64,
-    stride_slot: tl.int64,
-    stride_head: tl.int64,
-    stride_element: tl.int64,
+    stride_block,
+    stride_slot,
+    stride_head,
+    stride_element,
     N: tl.constexpr,
     TABLE_BLOCK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -130,8 +130,9 @@ def _compact_kernel(
     layer = tl.program_id(1)
     cache_ptr = tl.load(caches_ptr + layer).to(tl.pointer_type(INTEGER))
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    offset = i // WIDTH * stride_head + i % WIDTH * stride_element
     mask = moves[:, None] & (i < NUM_HEADS * WIDTH)[None, :]
+    i = i.to(tl.int64)  # a head's stride may span all blocks
+    offset = i // WIDTH * stride_head + i % WIDTH * stride_element
     values = tl.load(cache_ptr + source[:, None] + offset[None, :], mask=mask)
     # One node's target may be another's source: all threads read before any writes.
     tl.debug_barrier()

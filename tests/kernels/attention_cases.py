@@ -61,7 +61,7 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"other-{head_size}-one-head"] = partial(launch, head_size, (32, 32))
         found[f"other-{head_size}-prior"] = partial(launch, head_size, prior=True)
     for head_size in (80, 96, 256):
-        for size in (1, 120):
+        for size in (1, 16, 120):
             name = f"other-{head_size}-{size}"
             found[name] = partial(launch, head_size, size=size, split=True)
     found["other-float16"] = partial(launch, dtype=torch.float16)

@@ -55,10 +55,15 @@ class Child:
 
 
 class Engines:
-    """Plain and lookahead engines, a process each; only one works at a time."""
+    """Plain and lookahead engines, a process each; only one works at a time.
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder, self.env = folder, env
+    `plain` may be another one's, so that there is no second process for the same.
+    """
+
+    def __init__(
+        self, folder: Path, env: dict[str, str], plain: "Engines | None" = None
+    ) -> None:
+        self.folder, self.env, self.plain = folder, env, plain
         self.children: dict[bool, Child] = {}
         self.known: dict[str, dict[str, Any]] = {}
 
@@ -78,6 +83,8 @@ class Engines:
             model: arguments of `make_model`.
             options: of `LLM`.
         """
+        if lookahead is None and self.plain is not None:
+            return self.plain.run(batches, model=model, **options)
         job: dict[str, Any] = {"model": model, "engine": options, "batches": batches}
         job["lookahead"] = lookahead and {"method": "lookahead", **lookahead}
         plain = lookahead is None
@@ -98,15 +105,28 @@ class Engines:
             child.close()
 
 
-def serve_engines(folder: Path, env: dict[str, str]) -> Iterator[Engines]:
-    engines = Engines(folder, env)
+def serve_engines(
+    folder: Path, env: dict[str, str], plain: Engines | None = None
+) -> Iterator[Engines]:
+    engines = Engines(folder, env, plain)
     yield engines
     engines.close()
 
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    yield from serve_engines(tmp_path_factory.mktemp("v2"), environment())
+    """The V2 engine on the oracles of its kernels: the engine alone is under test."""
+    env = environment(LOOKAHEAD_ORACLES="1")
+    yield from serve_engines(tmp_path_factory.mktemp("v2"), env)
+
+
+@pytest.fixture(scope="session")
+def kernels(
+    engines: Engines, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engines]:
+    """The V2 engine as it is, on Triton kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    yield from serve_engines(folder, environment(), engines)
 
 
 @pytest.fixture(scope="session")

@@ -48,14 +48,14 @@ def same_tokens(
     return result
 
 
-def test_greedy(engines: Engines) -> None:
+def test_greedy(kernels: Engines) -> None:
     jobs = in_fours([request(p) for p in prompts(8, seed=1)])
-    metrics = same_tokens(engines, jobs)["metrics"]
+    metrics = same_tokens(kernels, jobs)["metrics"]
     assert metrics[ACCEPTED] > 0
     assert metrics["vllm:spec_decode_num_draft_tokens"] <= 2 * metrics[DRAFTS]
 
 
-def test_seeded(engines: Engines) -> None:
+def test_seeded(kernels: Engines) -> None:
     sampling = [
         {"temperature": 0.7},
         {"temperature": 0.7, "top_p": 0.9},
@@ -68,10 +68,10 @@ def test_seeded(engines: Engines) -> None:
             for i, p in enumerate(prompts(8, seed=2))
         ]
     )
-    assert same_tokens(engines, jobs)["metrics"][ACCEPTED] > 0
+    assert same_tokens(kernels, jobs)["metrics"][ACCEPTED] > 0
 
 
-def test_mixed_batch(engines: Engines) -> None:
+def test_mixed_batch(kernels: Engines) -> None:
     """Off, smaller than the server's, sampled and greedy side by side."""
     texts = prompts(8, seed=3)
     extra = [
@@ -84,7 +84,7 @@ def test_mixed_batch(engines: Engines) -> None:
     for i, text in enumerate(texts):
         own = {} if i < 4 else {"temperature": 0.8, "seed": 9}
         requests.append(request(text, extra_args=extra[i % 4], **own))
-    same_tokens(engines, in_fours(requests))
+    same_tokens(kernels, in_fours(requests))
 
 
 def test_switched_off(engines: Engines) -> None:
@@ -92,12 +92,12 @@ def test_switched_off(engines: Engines) -> None:
     assert same_tokens(engines, jobs)["metrics"].get(DRAFTS, 0) == 0
 
 
-def test_prefix_caching(engines: Engines) -> None:
+def test_prefix_caching(kernels: Engines) -> None:
     shared = prompts(1, seed=5, longest=1)[0] * 3 + list(range(2, 72))
     tails = prompts(4, seed=6, longest=9)
     jobs = [[request(shared + tail)] for tail in tails[:2]]
     jobs.append([request(shared + tail) for tail in tails])
-    result = same_tokens(engines, jobs)
+    result = same_tokens(kernels, jobs)
     assert all(output["cached"] >= 64 for output in result["outputs"][1:])
 
 

@@ -70,7 +70,6 @@ def complete(url: str, **body: Any) -> dict[str, Any]:
         return json.load(answer)
 
 
-@pytest.mark.slow
 def test_completions(server: str, engines: Engines) -> None:
     text = prompts(1, seed=30)[0]
     jobs = [[request(text), request(text, temperature=0.7, seed=5)]]

@@ -26,7 +26,7 @@ from vllm_lookahead.engine.cpu.step import TreeStep
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 from vllm_lookahead.params import LookaheadParams, request_params
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 
 
 class LookaheadCPUModelRunner(CPUModelRunner):
