@@ -28,6 +28,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "ngram": {**NGRAM, "prompt_lookup_min": 2},
+    "ngram_gpu": {**NGRAM, "method": "ngram_gpu", "prompt_lookup_min": 2},
     "ngram-default": {"method": "ngram", "num_speculative_tokens": 5},
     "suffix": {"method": "suffix"},
     "lookahead": {"method": "lookahead"},
@@ -79,16 +80,23 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="auto")
     add("--max-model-len", type=int, default=2048)
     add("--kv-cache-memory-bytes", type=int, default=256 << 20)
+    help_text = "of each engine, free when it starts; all are on the GPU at once"
+    add("--gpu-memory-utilization", type=float, metavar="SHARE", help=help_text)
     add("--output", type=Path, help="raw JSON")
     return parser.parse_args()
 
 
-def start(args: argparse.Namespace, folder: Path) -> dict[str, EngineProcess]:
+def start(
+    args: argparse.Namespace, folder: Path
+) -> tuple[dict[str, EngineProcess], dict[str, str]]:
+    """The engine of each method, and why a method has none."""
     engines: dict[str, EngineProcess] = {}
+    not_run: dict[str, str] = {}
     for method in args.methods.split(","):
         config = speculative_config(method)
         if method == "suffix" and not importlib.util.find_spec("arctic_inference"):
-            print("suffix: skipped, its package arctic-inference is not installed")
+            not_run[method] = "its package arctic-inference is not installed"
+            print(f"suffix: skipped, {not_run[method]}")
             continue
         options: dict[str, Any] = {
             "model": args.model,
@@ -100,12 +108,18 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, EngineProcess]:
             # A prompt must cost the same in every turn.
             "enable_prefix_caching": False,
         }
+        if args.gpu_memory_utilization:
+            options["gpu_memory_utilization"] = args.gpu_memory_utilization
         if config is not None:
             options["speculative_config"] = config
         print(f"starting {method}", flush=True)
         log = folder / f"{method.replace('/', '-').replace(':', '-')}.log"
-        engines[method] = EngineProcess(options, log)
-    return engines
+        try:
+            engines[method] = EngineProcess(options, log)
+        except RuntimeError as error:
+            not_run[method] = str(error)
+            print(f"{method}: skipped, {error}", flush=True)
+    return engines, not_run
 
 
 def measure(args: argparse.Namespace, engines: dict[str, EngineProcess]) -> Any:
@@ -158,6 +172,9 @@ def report(turns: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
             "tokens_per_second": statistics.median(speeds),
             "steps": results[0]["request_steps"],
             "acceptance_length": results[0]["tokens"] / results[0]["request_steps"],
+            "distinct_trigrams": statistics.mean(
+                map(distinct_trigrams, results[0]["outputs"])
+            ),
             "peak_memory_mib": max(r["peak_memory_mib"] for r in results),
         }
         if plain:
@@ -213,7 +230,9 @@ def _processor() -> str:
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as folder:
-        engines = start(args, Path(folder))
+        engines, not_run = start(args, Path(folder))
+        if not engines:
+            raise SystemExit("no engine started")
         try:
             turns, texts = measure(args, engines)
         finally:
@@ -230,6 +249,7 @@ def main() -> None:
             "about": about,
             "settings": settings,
             "num_prompts": len(texts),
+            "not_run": not_run,
             "summary": rows,
             "turns": turns,
         }
