@@ -7,6 +7,7 @@ CUDA graph can hold it. It raises `Unavailable` where it cannot run, and says wh
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -162,6 +163,14 @@ def _flash() -> tuple[Callable[..., torch.Tensor], int]:
     return flash_attn_varlen_func, get_flash_attn_version() or 2
 
 
+def flash_version() -> int | None:
+    """Of FlashAttention here, if there is one."""
+    try:
+        return _flash()[1]
+    except Unavailable:
+        return None
+
+
 def flash_causal(p: Problem) -> Callable[[], torch.Tensor]:
     """Not the same numbers: the yardstick is a chain of as many tokens."""
     flash, version = _flash()
@@ -220,11 +229,18 @@ def unified(p: Problem) -> Callable[[], torch.Tensor]:
     return call
 
 
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def flex(p: Problem) -> Callable[[], torch.Tensor]:
     """On K and V out of their pages, which favours it."""
     if not torch.cuda.is_available():
         raise Unavailable("FlexAttention compiles for a GPU")
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     s, tree = p.shape, p.tree
     end = s.context + s.size
@@ -235,7 +251,7 @@ def flex(p: Problem) -> Callable[[], torch.Tensor]:
     mask = create_block_mask(sees, None, None, s.size, end, device=p.device)
     k, v = (x.transpose(1, 2).contiguous() for x in p.contiguous_kv())
     q = p.q.view(s.requests, s.size, s.num_heads, -1).transpose(1, 2)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = _compiled_flex()
     gqa = s.num_heads != s.num_kv_heads
 
     def call() -> torch.Tensor:

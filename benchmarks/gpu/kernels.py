@@ -11,7 +11,7 @@ FlashAttention's time for as many causal queries on the same context. Without a 
 import argparse
 import json
 import math
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from benchmarks.gpu.attention import (
     Problem,
     Shape,
     Unavailable,
+    flash_version,
     max_error,
 )
+from benchmarks.gpu.plot import plot
 from benchmarks.gpu.step_kernels import step_calls
 from benchmarks.gpu.timing import microseconds
 from vllm_lookahead.params import LookaheadParams
@@ -60,6 +62,8 @@ def time_attention(shape: Shape, name: str, device: str) -> Result:
     if device == "cuda":
         layers = min(32, max(2, math.ceil(COLD_BYTES / shape.kv_bytes)))
     torch.manual_seed(0)
+    if name in SLOW:  # or its compiler gives up after so many shapes
+        torch.compiler.reset()
     first = Problem(shape, device)
     try:
         call = CONTENDERS[name](first)
@@ -79,8 +83,12 @@ def time_attention(shape: Shape, name: str, device: str) -> Result:
         return {**result, "failed": f"{type(error).__name__}: {error}"[:500]}
 
 
-def run_attention(args: argparse.Namespace, shapes: list[Shape]) -> list[Result]:
-    results = []
+def run_attention(
+    args: argparse.Namespace,
+    shapes: list[Shape],
+    results: list[Result],
+    save: Callable[[], None],
+) -> None:
     for shape in shapes:
         for name in args.contenders:
             if name in SLOW and shape.size != max(args.trees):
@@ -90,8 +98,14 @@ def run_attention(args: argparse.Namespace, shapes: list[Shape]) -> list[Result]
             where = f"T={shape.size} context={shape.context}"
             where += f" heads={shape.num_heads}/{shape.num_kv_heads}"
             print(f"{where:40} {name:16} {describe(result)}", flush=True)
-    add_ratios(results)
-    return results
+            add_ratios(results)
+            save()
+    for r in results:
+        if r["contender"] in OURS and "ratio" in r:
+            shape_text = f"T={r['size']} context={r['context']}"
+            heads = f"{r['num_heads']}/{r['num_kv_heads']}"
+            print(f"{r['contender']:8} {shape_text} heads={heads}: ", end="")
+            print(f"{r['ratio']:.2f} of {YARDSTICK}")
 
 
 def describe(result: Result) -> str:
@@ -114,9 +128,6 @@ def add_ratios(results: list[Result]) -> None:
     for r in results:
         if "us" in r and shape(r) in base:
             r["ratio"] = r["us"] / base[shape(r)]
-    for r in results:
-        if r["contender"] in OURS and "ratio" in r:
-            print(f"{r['contender']:8} {shape(r)}: {r['ratio']:.2f} of {YARDSTICK}")
 
 
 def sweep(args: argparse.Namespace, shapes: list[Shape]) -> list[Result]:
@@ -132,9 +143,10 @@ def sweep(args: argparse.Namespace, shapes: list[Shape]) -> list[Result]:
     return results
 
 
-def run_step(args: argparse.Namespace) -> list[Result]:
+def run_step(
+    args: argparse.Namespace, results: list[Result], save: Callable[[], None]
+) -> None:
     """The other kernels: time of one launch among others, at several contexts."""
-    results = []
     blocks = (args.contexts[0] + 1024) // args.block_size
     shape = (blocks, args.block_size, 32 if args.device == "cuda" else 2, 256)
     caches = [
@@ -151,43 +163,7 @@ def run_step(args: argparse.Namespace) -> list[Result]:
             results.append({"sizes": sizes, "context": context, "us": times})
             listed = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
             print(f"W,N,G={sizes} context={context}: {listed}  total {total:.1f} us")
-    return results
-
-
-def plot(results: list[Result], path: Path) -> None:
-    """Time against context, a panel for each T and each grouping of heads."""
-    try:
-        import_module("matplotlib").use("Agg")
-        pyplot = import_module("matplotlib.pyplot")
-    except ImportError:
-        print(f"{path} not drawn: matplotlib is not installed")
-        return
-    timed = [r for r in results if "us" in r]
-    heads = sorted({(r["num_heads"], r["num_kv_heads"]) for r in timed}, reverse=True)
-    sizes = sorted({r["size"] for r in timed})
-    grid = (len(heads), len(sizes))
-    figure, panels = pyplot.subplots(
-        *grid, figsize=(4 * grid[1], 3.2 * grid[0]), squeeze=False, sharex=True
-    )
-    for row, (hq, hkv) in zip(panels, heads, strict=True):
-        for panel, size in zip(row, sizes, strict=True):
-            here = [
-                r for r in timed if (r["num_heads"], r["num_kv_heads"]) == (hq, hkv)
-            ]
-            here = [r for r in here if r["size"] == size]
-            for name in dict.fromkeys(r["contender"] for r in here):
-                line = sorted(
-                    (r["context"], r["us"]) for r in here if r["contender"] == name
-                )
-                panel.loglog(*zip(*line, strict=True), marker=".", label=name)
-            panel.set_title(f"T={size}, {hq} heads on {hkv}", fontsize=9)
-            panel.grid(alpha=0.3)
-        row[0].set_ylabel("microseconds")
-    for panel in panels[-1]:
-        panel.set_xlabel("context")
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+            save()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -242,15 +218,20 @@ def main(arguments: list[str] | None = None) -> None:
         "device": torch.cuda.get_device_name() if on_gpu else "interpreter",
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "flash_attention": flash_version(),
     }
-    if args.only in (None, "attention"):
-        results["attention"] = run_attention(args, shapes)
+
+    def save() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+
     if args.only in (None, "step"):
-        results["step"] = run_step(args)
+        run_step(args, results.setdefault("step", []), save)
+    if args.only in (None, "attention"):
+        run_attention(args, shapes, results.setdefault("attention", []), save)
     if args.only == "sweep":
         results["sweep"] = sweep(args, shapes)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        save()
     if args.plot and "attention" in results:
         plot(results["attention"], args.plot)
     for r in results.get("attention", []):
