@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `run_all` measured, in Markdown: targets first, met or not."""
+
+import shlex
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu.plot import attention_results
+
+Record = dict[str, Any]
+Records = dict[str, Record]
+
+SOURCES = ("kernel-times", "kernel-flex")  # of attention's times
+SPEEDS = ("engine-speed", "engine-baselines", "engine-sampled")
+CORRECTNESS = ("engine-correctness", "engine-float32")
+CONTEXTS = (1024, 2048, 4096, 8192)  # of the targets
+SIZES = [15, 5, 15]
+LOOKAHEAD = "lookahead:15/5/15"
+MODEL = (
+    "The engine stages ran a small trained Llama ({source}) widened into another "
+    "shape, Llama-2-7B's unless its command says otherwise (`benchmarks/widen_model."
+    "py`): extra layers, heads and channels are computed and come to nothing. Its "
+    "steps cost what that shape's steps cost; its text, and so the acceptance, is the "
+    "small model's. It is no 7B model in any other sense, and these tokens per second "
+    "are not those of a trained one."
+)
+GIVEN = "The engine stages ran the model of the folder `{model}`, given with `--model`."
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound, and what was measured, by condition; None where nothing was."""
+
+    what: str
+    bound: float
+    values: dict[str, float | None]
+    unit: str = ""
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        known = [v for v in self.values.values() if v is not None]
+        misses = [v < self.bound if self.at_least else v > self.bound for v in known]
+        if any(misses):
+            return "NOT MET"
+        return "met" if known and len(known) == len(self.values) else "not measured"
+
+    def row(self) -> str:
+        sign = "at least" if self.at_least else "at most"
+        values = ", ".join(
+            f"{'-' if v is None else f'{v:.3g}{self.unit}'}{f' ({k})' if k else ''}"
+            for k, v in self.values.items()
+        )
+        bound = f"{sign} {self.bound:g}{self.unit}"
+        return f"| {self.what} | {bound} | {values} | {self.verdict} |"
+
+
+def result(records: Records, stage: str) -> dict[str, Any]:
+    """What a stage wrote, in part if it failed; empty if it wrote nothing."""
+    return records.get(stage, {}).get("result") or {}
+
+
+def step_ms(results: list[dict[str, Any]]) -> float:
+    """Median over the turns of a batch-1 run; a prefill counts as a step."""
+    return statistics.median(1e3 * r["seconds"] / r["request_steps"] for r in results)
+
+
+def overheads(records: Records) -> dict[int, dict[str, float]]:
+    """Microseconds of each kernel but attention, by context, at 15/5/15."""
+    steps = result(records, "kernel-times").get("step", [])
+    found = {r["context"]: dict(r["us"]) for r in steps if r["sizes"] == SIZES}
+    # Timed at one context only, for its cost does not depend on it.
+    compact = next((us["compact"] for us in found.values() if "compact" in us), None)
+    for us in found.values():
+        if compact is not None:
+            us.setdefault("compact", compact)
+    return found
+
+
+def targets(records: Records) -> list[Target]:
+    ratio: dict[str, float | None] = {f"{c}": None for c in CONTEXTS}
+    for r in attention_results([records.get("kernel-times", {})]):
+        shape = r["size"], r["num_heads"], r["num_kv_heads"], r["contender"]
+        if shape == (120, 32, 32, "tree") and r["context"] in CONTEXTS:
+            ratio[str(r["context"])] = r.get("ratio")
+    version = result(records, "kernel-times").get("flash_attention") or "?"
+    other = "" if version in (3, "?") else f" (here only version {version})"
+    attention = (
+        f"tree attention, T=120, 32 heads of 128, over FlashAttention 3's{other}"
+    )
+
+    turns = result(records, "engine-speed").get("turns", {})
+    rows = result(records, "engine-speed").get("summary", {})
+    plain_ms = step_ms(turns["plain"]) if "plain" in turns else None
+    step_ratio = None
+    if plain_ms and LOOKAHEAD in turns:
+        step_ratio = step_ms(turns[LOOKAHEAD]) / plain_ms
+    mask: dict[str, float | None] = {str(c): None for c in CONTEXTS}
+    share: dict[str, float | None] = dict(mask)
+    for context, us in overheads(records).items():
+        if context in CONTEXTS:
+            mask[str(context)] = us["mask"]
+            if plain_ms and "compact" in us:
+                share[str(context)] = sum(us.values()) / plain_ms / 10
+    greedy = "widened 7B, batch 1, greedy, bf16, 15/5/15"
+    speed_up = rows.get(LOOKAHEAD, {}).get("ratio")
+    return [
+        Target(f"{attention}, by context", 1.3, ratio, "x"),
+        Target("mask build, by context", 10, mask, " us"),
+        Target("kernels outside attention, of a plain step", 5, share, "%"),
+        Target(f"a step over plain's, {greedy}", 1.35, {"": step_ratio}, "x"),
+        Target(f"tokens/s over plain's, {greedy}", 1.6, {"": speed_up}, "x", True),
+    ]
+
+
+def build_summary(records: Records, stages: list[str]) -> str:
+    """Markdown of all that was measured.
+
+    Args:
+        records: by stage, as `run_all` keeps them.
+        stages: all there are, in order.
+    """
+    about: Record = next((r["about"] for r in records.values() if "about" in r), {})
+    lines = [f"# {about.get('gpu')}", ""]
+    lines.append(", ".join(f"{k} {v}" for k, v in about.items() if k != "gpu"))
+    commits = {r["about"].get("commit") for r in records.values() if "about" in r}
+    if len(commits) > 1:
+        lines.append(f"Stages ran at different commits: {sorted(map(str, commits))}")
+    lines += ["", "| target | bound | measured | |", "|---|---|---|---|"]
+    lines += [target.row() for target in targets(records)]
+    lines += ["", "| stage | seconds | |", "|---|---|---|"]
+    for stage in stages:
+        record = records.get(stage, {"seconds": 0, "failed": "not run"})
+        outcome = record.get("failed", "done")
+        lines.append(f"| {stage} | {record['seconds']:.0f} | {outcome} |")
+    for part in (_model, _tests, _attention, _overheads, _correctness, _speed):
+        if text := list(part(records)):
+            lines += ["", *text]
+    return "\n".join(lines) + "\n"
+
+
+def _model(records: Records) -> Iterator[str]:
+    settings = [result(records, stage).get("settings") for stage in SPEEDS]
+    model = next((s["model"] for s in settings if s), None)
+    command = shlex.split(records.get("model", {}).get("command", ""))
+    made = dict(zip(command, command[1:], strict=False))
+    if made and model in (None, made["--output"]):
+        yield MODEL.format(source=made["--source"])
+    elif model:
+        yield GIVEN.format(model=model)
+
+
+def _tests(records: Records) -> Iterator[str]:
+    if found := result(records, "kernel-tests"):
+        counts = ", ".join(f"{n} {k}" for k, n in sorted(found["counts"].items()))
+        yield f"Kernel tests on the GPU: {counts}."
+        for name in found["failures"]:
+            yield f"- FAILED {name}"
+
+
+def _attention(records: Records) -> Iterator[str]:
+    results = attention_results([records.get(stage, {}) for stage in SOURCES])
+    results = [r for r in results if r["size"] == 120]
+    contexts = sorted({r["context"] for r in results})
+    for heads in dict.fromkeys((r["num_heads"], r["num_kv_heads"]) for r in results):
+        here = [r for r in results if (r["num_heads"], r["num_kv_heads"]) == heads]
+        yield f"Attention, T=120, {heads[0]} heads on {heads[1]}, microseconds by "
+        yield "context (and over FlashAttention's causal):"
+        yield ""
+        yield "| | " + " | ".join(map(str, contexts)) + " |"
+        yield "|---|" + "---|" * len(contexts)
+        for name in dict.fromkeys(r["contender"] for r in here):
+            cells = {r["context"]: _time(r) for r in here if r["contender"] == name}
+            row = " | ".join(cells.get(c, "-") for c in contexts)
+            yield f"| {name} | {row} |"
+        yield ""
+
+
+def _time(r: dict[str, Any]) -> str:
+    for outcome in ("skipped", "failed"):
+        if outcome in r:
+            return f"{outcome}: {r[outcome]}".replace("|", "/").split("\n")[0][:80]
+    return f"{r['us']:.1f}" + (f" ({r['ratio']:.2f}x)" if "ratio" in r else "")
+
+
+def _overheads(records: Records) -> Iterator[str]:
+    for context, us in overheads(records).items():
+        listed = ", ".join(f"{name} {t:.1f}" for name, t in us.items())
+        yield f"- Kernels of a step at 15/5/15, context {context}: {listed} us"
+
+
+def _correctness(records: Records) -> Iterator[str]:
+    for stage in CORRECTNESS:
+        found = result(records, stage)
+        for pair, counts in found.get("pairs", {}).items():
+            settings = found["settings"]
+            what = f"{settings['dtype']}, {settings['max_tokens']} tokens"
+            differ = f"{counts['differ']} of {counts['prompts']} prompts differ"
+            yield f"- {stage}, {what}: {pair}: {differ}"
+
+
+def _speed(records: Records) -> Iterator[str]:
+    for stage in SPEEDS:
+        found = result(records, stage)
+        if not found:
+            continue
+        settings, turns = found["settings"], found["turns"]
+        yield f"{stage}: batch {settings['batch_size']}, temperature "
+        yield f"{settings['temperature']}, {found['num_prompts']} prompts of "
+        yield f"{settings['max_tokens']} tokens. Text that loops has few distinct "
+        yield "trigrams, and drafts for it are easily right."
+        yield ""
+        yield "| | tok/s | over plain | step, ms | tokens a step | distinct trigrams |"
+        yield "|---|---|---|---|---|---|"
+        for method, row in found["summary"].items():
+            yield (
+                f"| {method} | {row['tokens_per_second']:.1f} "
+                f"| {row.get('ratio', float('nan')):.2f}x "
+                f"| {step_ms(turns[method]):.2f} | {row['acceptance_length']:.2f} "
+                f"| {row['distinct_trigrams']:.2f} |"
+            )
+        for method, reason in found.get("not_run", {}).items():
+            yield f"| {method} | not run: {reason.splitlines()[-1][:120]} | | | | |"
+        yield ""
