@@ -20,6 +20,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_lookahead.core.draft_length import DraftLengthPolicy
 from vllm_lookahead.core.pages import BlockPages, page_bytes
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.engine.cpu import linear
 from vllm_lookahead.engine.cpu.attention import slot_views
 from vllm_lookahead.engine.cpu.sampling import sample_along_trees
 from vllm_lookahead.engine.cpu.step import TreeStep
@@ -48,6 +49,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.request_params: dict[str, LookaheadParams] = {}
         self.policy = DraftLengthPolicy(params)
         self.step_start = time.perf_counter()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if linear.is_useful():
+            num_layers = linear.replace_linear_layers(self.model)
+            logger.info("%d layers multiply the rows of a tree at once.", num_layers)
 
     def page_share(self) -> float:
         """The part of K/V memory that pages take."""

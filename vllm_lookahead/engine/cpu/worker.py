@@ -27,6 +27,8 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             # Below, vLLM runs plain decoding; the runner does the rest.
             plain = copy.copy(vllm_config)
             plain.speculative_config = None
+            # Plain vLLM and this must not share a cache of compiled graphs.
+            plain.additional_config = {**plain.additional_config, "lookahead": True}
             return LookaheadCPUModelRunner(plain, device, lookahead.params)
 
         original = cpu_worker.CPUModelRunner
