@@ -7,6 +7,7 @@ and writes results to the file descriptor of its first argument.
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,7 +23,13 @@ class EngineProcess:
     down whatever is measured beside it, so idle engines are stopped by signal.
     """
 
-    def __init__(self, llm_options: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, llm_options: dict[str, Any], log: Path, start_limit: float | None = None
+    ) -> None:
+        """
+        Raises:
+            RuntimeError: it died, or took longer than `start_limit` seconds.
+        """
         read, write = os.pipe()
         self.log = log
         with log.open("w") as stream:
@@ -36,6 +43,9 @@ class EngineProcess:
             )
         os.close(write)
         self.results = os.fdopen(read)
+        if not select.select([self.results], [], [], start_limit)[0]:
+            self.close()
+            raise RuntimeError(f"the engine did not start in {start_limit:.0f} s")
         self.about = self._result()
         self._signal(signal.SIGSTOP)
 

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "suffix": {"method": "suffix"},
     "lookahead": {"method": "lookahead"},
 }
+# {method: [result of each turn]}
+Turns = dict[str, list[dict[str, Any]]]
 SIZES = ("window_size", "ngram_size", "verification_set_size")
 
 
@@ -82,6 +85,7 @@ def parse() -> argparse.Namespace:
     add("--kv-cache-memory-bytes", type=int, default=256 << 20)
     help_text = "of each engine, free when it starts; all are on the GPU at once"
     add("--gpu-memory-utilization", type=float, metavar="SHARE", help=help_text)
+    add("--start-limit", type=float, metavar="SECONDS", help="per engine")
     add("--output", type=Path, help="raw JSON")
     return parser.parse_args()
 
@@ -115,15 +119,19 @@ def start(
         print(f"starting {method}", flush=True)
         log = folder / f"{method.replace('/', '-').replace(':', '-')}.log"
         try:
-            engines[method] = EngineProcess(options, log)
+            engines[method] = EngineProcess(options, log, args.start_limit)
         except RuntimeError as error:
             not_run[method] = str(error)
             print(f"{method}: skipped, {error}", flush=True)
     return engines, not_run
 
 
-def measure(args: argparse.Namespace, engines: dict[str, EngineProcess]) -> Any:
-    """All turns: {method: [result of each turn]}, and the prompts kept."""
+def measure(
+    args: argparse.Namespace,
+    engines: dict[str, EngineProcess],
+    save: Callable[[Turns, int], None],
+) -> Turns:
+    """All turns; `save` takes those so far and the number of prompts after each."""
     texts = prompt_sets.load(args.dataset, args.data_dir, args.num_prompts)
 
     def job(texts: list[str]) -> dict[str, Any]:
@@ -148,7 +156,7 @@ def measure(args: argparse.Namespace, engines: dict[str, EngineProcess]) -> Any:
             raise SystemExit(f"--min-distinct {args.min_distinct}: no prompt is left")
     for engine in engines.values():
         engine.run(job(texts[: max(2, args.batch_size)]))
-    turns: dict[str, list[dict[str, Any]]] = {method: [] for method in engines}
+    turns: Turns = {method: [] for method in engines}
     for turn in range(args.repeats):
         for method, engine in engines.items():
             result = engine.run(job(texts))
@@ -159,11 +167,12 @@ def measure(args: argparse.Namespace, engines: dict[str, EngineProcess]) -> Any:
             turns[method].append(result)
             print(f"turn {turn + 1}, {method}: {tokens / result['seconds']:.1f} tok/s",
                   flush=True)  # fmt: skip
-    return turns, texts
+        save(turns, len(texts))
+    return turns
 
 
-def report(turns: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Print the table; return what it shows."""
+def summarize(turns: Turns) -> dict[str, dict[str, Any]]:
+    """By method, what the table shows."""
     rows: dict[str, dict[str, Any]] = {}
     plain = turns.get("plain")
     for method, results in turns.items():
@@ -187,9 +196,13 @@ def report(turns: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
                 for a, b in zip(results[0]["outputs"], plain[0]["outputs"], strict=True)
             )
         rows[method] = row
+    return rows
+
+
+def report(turns: Turns) -> None:
     header = f"{'method':20} {'tok/s':>8} {'steps':>7} {'accept':>7} {'MiB':>7}"
     print(f"\n{header} {'vs plain':>8}  equal outputs")
-    for method, row in rows.items():
+    for method, row in summarize(turns).items():
         print(
             f"{method:20} {row['tokens_per_second']:8.1f} {row['steps']:7d} "
             f"{row['acceptance_length']:7.2f} {row['peak_memory_mib']:7.0f} "
@@ -200,7 +213,6 @@ def report(turns: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
                 else ""
             )
         )
-    return rows
 
 
 def environment() -> dict[str, str]:
@@ -233,28 +245,33 @@ def main() -> None:
         engines, not_run = start(args, Path(folder))
         if not engines:
             raise SystemExit("no engine started")
+
+        def save(turns: Turns, num_prompts: int) -> None:
+            if not args.output:
+                return
+            raw = {
+                "about": {**environment(), **next(iter(engines.values())).about},
+                "settings": {k: v for k, v in vars(args).items() if k != "output"},
+                "num_prompts": num_prompts,
+                "not_run": not_run,
+                "summary": summarize(turns),
+                "turns": {method: _lean(turns[method]) for method in turns},
+            }
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(raw) + "\n")
+
         try:
-            turns, texts = measure(args, engines)
+            turns = measure(args, engines, save)
         finally:
             for engine in engines.values():
                 engine.close()
-    rows = report(turns)
-    if args.output:
-        about = {**environment(), **next(iter(engines.values())).about}
-        settings = {k: v for k, v in vars(args).items() if k != "output"}
-        for results in turns.values():
-            for result in results[1:]:
-                del result["outputs"]  # the first turn's are enough
-        raw = {
-            "about": about,
-            "settings": settings,
-            "num_prompts": len(texts),
-            "not_run": not_run,
-            "summary": rows,
-            "turns": turns,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(raw) + "\n")
+    report(turns)
+
+
+def _lean(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the first turn's outputs, which are enough."""
+    rest = [{k: v for k, v in r.items() if k != "outputs"} for r in results[1:]]
+    return [*results[:1], *rest]
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
         command = [sys.executable, "benchmarks/offline.py", "--model", str(model)]
         command += [*shared, "--methods", methods, "--temperature", str(temperature)]
         command += ["--repeats", str(repeats), "--gpu-memory-utilization", "0.25"]
-        return [*command, "--output", OUT]
+        return [*command, "--start-limit", "180", "--output", OUT]
 
     fast = ["tree", "merged", "flash_causal", "unified_qq_bias", "xformers"]
     trees = ["--trees", "120", "64", "32", "16"]

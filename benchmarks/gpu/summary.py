@@ -104,7 +104,7 @@ def targets(records: Records) -> list[Target]:
             mask[str(context)] = us["mask"]
             if plain_ms and "compact" in us:
                 share[str(context)] = sum(us.values()) / plain_ms / 10
-    greedy = "widened 7B, batch 1, greedy, bf16, 15/5/15"
+    greedy = "batch 1, greedy, bf16, 15/5/15"
     speed_up = rows.get(LOOKAHEAD, {}).get("ratio")
     return [
         Target(f"{attention}, by context", 1.3, ratio, "x"),
