@@ -100,9 +100,11 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
 
 def default_model_dir() -> Path:
     """In memory, if there is room: a disk may take longer than the measurements."""
-    memory = Path("/dev/shm")
+    name, memory = "lookahead-7b-cost", Path("/dev/shm")
     fits = memory.exists() and shutil.disk_usage(memory).free > 1.5 * MODEL_BYTES
-    return (memory if fits else Path(tempfile.gettempdir())) / "lookahead-7b-cost"
+    if fits or (memory / name).exists():
+        return memory / name
+    return Path(tempfile.gettempdir()) / name
 
 
 def about() -> dict[str, Any]:
