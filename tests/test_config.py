@@ -74,6 +74,15 @@ def test_config_is_a_value() -> None:
     )
 
 
+def test_a_cpu_schedules_ahead_unless_told_otherwise(tmp_path: Path) -> None:
+    model = write_config(tmp_path)
+    for wanted, result in ((None, True), (True, True), (False, False)):
+        config = engine_config(model, async_scheduling=wanted)
+        assert config.scheduler_config.async_scheduling is result
+    plain = engine_config(model, speculative_config=None)
+    assert plain.scheduler_config.async_scheduling is False
+
+
 def test_vllm_takes_the_config_through(tmp_path: Path) -> None:
     config = engine_config(write_config(tmp_path), async_scheduling=True)
     assert type(config.speculative_config) is LookaheadConfig

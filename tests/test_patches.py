@@ -9,6 +9,8 @@ import vllm
 from vllm import SamplingParams
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cpu import CpuPlatform
+from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
@@ -30,6 +32,7 @@ def parameters(owner: Any, name: str) -> list[str]:
 
 
 def test_targets_exist() -> None:
+    load_general_plugins()
     assert not set(patches.names(vllm.__version_tuple__)) - patches._installed
     for patch in (async_methods, generate, validate_spec_decode):
         owner, name = patches.upstream(patch.TARGET)
@@ -54,6 +57,13 @@ def test_engine_args() -> None:
 def test_the_scheduler_is_named_after_the_config_is_made() -> None:
     source = inspect.getsource(EngineArgs.create_engine_config)
     assert source.index("create_speculative_config(") < source.index("SchedulerConfig(")
+
+
+def test_the_cpu_platform_turns_async_scheduling_off() -> None:
+    assert parameters(EngineArgs, "create_engine_config")[0] == "self"
+    assert EngineArgs.async_scheduling is None
+    source = inspect.getsource(CpuPlatform.check_and_update_config)
+    assert "scheduler_config.async_scheduling = False" in source
 
 
 def test_upstream_has_no_options_of_these_names() -> None:

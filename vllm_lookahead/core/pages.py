@@ -18,6 +18,11 @@ import torch
 from vllm_lookahead.params import LookaheadParams
 
 EMPTY = -1
+# Jacobi n-grams that a block keeps per slot. A step harvests W of them for the S
+# tokens it emits. W=15, N=5, G=15, blocks of 16, a 5M model, S on HumanEval, GSM8K
+# and MT-Bench: 1 per slot 3.00, 3.00, 3.14; 2: 3.05, 3.07, 3.16; 3: 3.07, 3.09, 3.22;
+# 4: 3.10, 3.11, 3.25; 16: 3.12, 3.11, 3.24.
+NGRAMS_PER_SLOT = 4
 
 
 @dataclass(eq=False)
@@ -70,8 +75,9 @@ class BlockPages:
 
 
 def ring_size(block_size: int, params: LookaheadParams) -> int:
-    """Entries of a block's ring: one per slot, and at least one harvest."""
-    return max(block_size, params.window_size) if params.window_size else 0
+    """Entries of a block's ring: what its slots may yield, and at least one harvest."""
+    w = params.window_size
+    return max(w, block_size * min(w, NGRAMS_PER_SLOT))
 
 
 def page_bytes(block_size: int, params: LookaheadParams) -> int:

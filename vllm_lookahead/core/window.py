@@ -50,7 +50,7 @@ def update_window(
     Column j's n-gram is key B0[j] and values R1[j], ..., R_{N-2}[j], new[j], where
     new[j] is the model's token after node (N-2, j). Requests whose tree carries
     no whole window keep theirs. The emitted tokens must be in the pages already
-    (`write_tokens`): the window goes to the page of the new tail.
+    (`write_tokens`): the window, new or kept, goes to the page of the new tail.
 
     Args:
         pages: written in place.
@@ -97,7 +97,10 @@ def update_window(
     ngrams = torch.cat([before[:, None], fed[:, :1], slid], 1).transpose(1, 2)
 
     tail = batch.slots(position + num_emitted[:, None] - 1, block_size)[:, 0]
-    tail = (tail // block_size)[has_window]
+    tail, old_tail = tail // block_size, tail_slot[:, 0] // block_size
+    follows = ~has_window & (width > 0) & (tail != old_tail)
+    pages.window[tail[follows]] = pages.window[old_tail[follows]]
+    tail = tail[has_window]
     pages.window[tail] = slid[has_window]
     count = pages.ring_count[tail].long()
     at = (count[:, None] + column) % ring_size

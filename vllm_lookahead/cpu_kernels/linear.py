@@ -8,6 +8,7 @@ read and widened once for up to 8 rows. Every sum is taken in the order of ATen'
 the result is the same to the last bit.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -46,43 +47,64 @@ def _accumulate(builder: Any, weight: Any, x: Any, index: Any, sums: list[Any]) 
         builder.store(builder.call(fma, operands), total)
 
 
-def _sum_lanes(builder: Any, vector: Any) -> Any:
-    """In the order of `vec_reduce_all`."""
+def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """The lanes of 8 vectors summed, in the order of `vec_reduce_all`."""
     for step in (4, 2, 1):
-        lanes = ir.Constant(_INTS, [lane ^ step for lane in range(_LANES)])
-        other = builder.shuffle_vector(vector, vector, lanes)
-        vector = builder.fadd(vector, other)
-    return builder.extract_element(vector, _I32(0))
+        low = [i for i in range(2 * _LANES) if not i & step]
+        high = [i + step for i in low]
+        lows, highs = (ir.Constant(_INTS, lanes) for lanes in (low, high))
+        pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+        vectors = [
+            builder.fadd(
+                builder.shuffle_vector(*pair, lows),
+                builder.shuffle_vector(*pair, highs),
+            )
+            for pair in pairs
+        ]
+    return vectors[0]
+
+
+def _round(builder: Any, values: Any) -> Any:
+    """float32 as bf16 bits, half to even."""
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(_INTS, [value] * _LANES)
+
+    bits = builder.bitcast(values, _INTS)
+    even = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(builder.add(bits, constant(0x7FFF)), even)
+    is_nan = builder.fcmp_unordered("uno", values, values)
+    rounded = builder.select(is_nan, constant(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, constant(16)), _SHORTS)
 
 
 def _dot_rows(builder: Any, rows: int, args: list[Any]) -> None:
     """`_dot` for a fixed number of rows."""
-    weight, x, size, out = args
+    weight, x, size, bias, out = args
     zeros = ir.Constant(_FLOATS, [0.0] * _LANES)
     sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(rows)]
     partial = [cgutils.alloca_once(builder, _FLOATS, _REGISTERS) for _ in range(rows)]
     unrolled = _LANES * _REGISTERS
     aligned = builder.and_(size, _I64(-unrolled))
+    loop = functools.partial(cgutils.for_range_slice, builder)
 
     def clear() -> None:
         for total in sums:
             builder.store(zeros, total)
 
+    def all_rows(vectors: list[Any]) -> Any:
+        return _sum_lanes(builder, vectors + [zeros] * (_MAX_ROWS - rows))
+
     with cgutils.for_range(builder, _I64(_REGISTERS)) as register:
         clear()
         start = builder.mul(register.index, _I64(_LANES))
-        with cgutils.for_range_slice(builder, _I64(0), aligned, _I64(unrolled)) as (
-            index,
-            _,
-        ):
-            _accumulate(builder, weight, x, builder.add(start, index), sums)
+        with loop(start, aligned, _I64(unrolled)) as (index, _):
+            _accumulate(builder, weight, x, index, sums)
         for total, registers in zip(sums, partial, strict=True):
             slot = builder.gep(registers, [register.index])
             builder.store(builder.load(total), slot)
-    clear()
-    with cgutils.for_range_slice(builder, aligned, size, _I64(_LANES)) as (index, _):
-        _accumulate(builder, weight, x, index, sums)
-    for row, (tail, registers) in enumerate(zip(sums, partial, strict=True)):
+    mains = []
+    for registers in partial:
         terms = [
             builder.load(builder.gep(registers, [_I64(i)])) for i in range(_REGISTERS)
         ]
@@ -90,33 +112,41 @@ def _dot_rows(builder: Any, rows: int, args: list[Any]) -> None:
             half = len(terms) // 2
             pairs = zip(terms[:half], terms[half:], strict=True)
             terms = [builder.fadd(a, b) for a, b in pairs]
-        main = _sum_lanes(builder, terms[0])
-        total = builder.fadd(main, _sum_lanes(builder, builder.load(tail)))
-        builder.store(total, builder.gep(out, [_I64(row)]))
+        mains.append(terms[0])
+    clear()
+    with loop(aligned, size, _I64(_LANES)) as (index, _):
+        _accumulate(builder, weight, x, index, sums)
+    tails = all_rows([builder.load(tail) for tail in sums])
+    biases = zeros
+    for lane in range(_LANES):
+        biases = builder.insert_element(biases, bias, _I32(lane))
+    totals = builder.fadd(builder.fadd(all_rows(mains), tails), biases)
+    builder.store(_round(builder, totals), out, align=2)
 
 
 @intrinsic
-def _dot(typingctx, weight, x, size, rows, out):
-    """out[row] = weight @ x[:, row] for up to 8 rows.
+def _dot(typingctx, weight, x, size, rows, bias, out):
+    """out[row] = weight @ x[:, row] + bias for up to 8 rows.
 
-    Addresses of weight [size] bf16, x [size / 8, rows, 8] float32 and out [rows]
-    float32.
+    Addresses of weight [size] bf16, x [size / 8, rows, 8] float32 and out [8] bf16.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        weight, x, size, rows, out = args
+        weight, x, size, rows, bias, out = args
         pointers = [
             builder.inttoptr(weight, _I16.as_pointer()),
             builder.inttoptr(x, _FLOATS.as_pointer()),
             size,
-            builder.inttoptr(out, _F32.as_pointer()),
+            bias,
+            builder.inttoptr(out, _SHORTS.as_pointer()),
         ]
         for count in range(1, _MAX_ROWS + 1):
             with builder.if_then(builder.icmp_signed("==", rows, _I64(count))):
                 _dot_rows(builder, count, pointers)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    addresses = [types.int64] * 4
+    return types.void(*addresses, types.float32, types.int64), codegen
 
 
 @intrinsic
@@ -144,9 +174,8 @@ def _linear_kernel(
     out = carray(_pointer(out_address), (num_rows, num_outputs))
     bias_bits = carray(_pointer(bias_address), (num_outputs,))
     packed = np.empty(size * min(num_rows, _MAX_ROWS), np.uint32)
-    wide = np.zeros(1, np.float32)
-    sums = np.empty(_MAX_ROWS, np.float32)
-    bits = sums.view(np.uint32)
+    bias = np.full(1, -0.0, np.float32)  # which leaves every sum as it is
+    columns = np.empty((num_outputs, _MAX_ROWS), np.uint16)
     for first in range(0, num_rows, _MAX_ROWS):
         rows = min(_MAX_ROWS, num_rows - first)
         for row in range(rows):
@@ -155,16 +184,14 @@ def _linear_kernel(
                     value = np.uint32(x[first + row, i, lane]) << np.uint32(16)
                     packed[(i * rows + row) * _LANES + lane] = value
         for n in range(num_outputs):
-            weight = weight_address + 2 * size * n
-            _dot(weight, packed.ctypes.data, size, rows, sums.ctypes.data)
             if bias_address:
-                wide.view(np.uint32)[0] = np.uint32(bias_bits[n]) << np.uint32(16)
-                sums += wide[0]
-            for row in range(rows):
-                even = (bits[row] >> np.uint32(16)) & np.uint32(1)
-                rounded = bits[row] + np.uint32(0x7FFF) + even
-                nan = sums[row] != sums[row]
-                out[first + row, n] = 0x7FC0 if nan else rounded >> np.uint32(16)
+                bias.view(np.uint32)[0] = np.uint32(bias_bits[n]) << np.uint32(16)
+            weight = weight_address + 2 * size * n
+            column = columns.ctypes.data + 2 * _MAX_ROWS * n
+            _dot(weight, packed.ctypes.data, size, rows, bias[0], column)
+        for row in range(rows):
+            for n in range(num_outputs):
+                out[first + row, n] = columns[n, row]
 
 
 def linear(

@@ -108,11 +108,13 @@ def _update_kernel(
         num_fed = 0  # cells of the window, all but the root's
         for node in range(kinds.shape[1]):
             num_fed += kinds[b, node] == WINDOW
-        if num_fed != width * rows - 1:
-            continue
-        block, offset = _slot(table, max(p - 1, 0), block_size)
-        before_root = tokens[block, offset]
+        old_tail, offset = _slot(table, max(p - 1, 0), block_size)
         tail, _ = _slot(table, p + num_emitted[b] - 1, block_size)
+        if num_fed != width * rows - 1:
+            if width > 0 and tail != old_tail:
+                window[tail] = window[old_tail]
+            continue
+        before_root = tokens[old_tail, offset]
         _harvest(
             ring[tail], ring_count[tail], window[tail], before_root, width, rows,
             tree_tokens[b], sampled[b], num_nodes[b] - num_fed,

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.output import (
+    CachedRequestData,
+    GrammarOutput,
+    SchedulerOutput,
+)
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -35,13 +39,21 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     Attributes:
         params: the server's sizes.
+        is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
         step: the trees of the step in flight, None in a step without any.
     """
 
-    def __init__(self, vllm_config: Any, device: torch.device, params: LookaheadParams):
+    def __init__(
+        self,
+        vllm_config: Any,
+        device: torch.device,
+        params: LookaheadParams,
+        is_scheduled_ahead: bool,
+    ) -> None:
         super().__init__(vllm_config, device)
         self.params = params
+        self.is_scheduled_ahead = is_scheduled_ahead
         self.ops = NumbaOps()
         self.pages: BlockPages
         self.step: TreeStep | None = None
@@ -97,6 +109,9 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         # Widening must not reach the scheduler's own copy.
         scheduler_output = replace(
             scheduler_output,
+            scheduled_cached_reqs=self._corrected(
+                scheduler_output.scheduled_cached_reqs
+            ),
             num_scheduled_tokens=scheduler_output.num_scheduled_tokens.copy(),
             scheduled_spec_decode_tokens=(
                 scheduler_output.scheduled_spec_decode_tokens.copy()
@@ -104,10 +119,25 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         )
         self._start_step()
         output = super().execute_model(scheduler_output, *args, **kwargs)
-        if output is None and not scheduler_output.has_structured_output_requests:
+        may_sample = not scheduler_output.has_structured_output_requests
+        if output is None and may_sample and not self.is_scheduled_ahead:
             # No grammar to wait for: save the scheduler a round trip.
             return self.sample_tokens(None)
         return output
+
+    def _corrected(self, cached: CachedRequestData) -> CachedRequestData:
+        """Cached requests with the true count of computed tokens.
+
+        A scheduler one step ahead takes every draft for accepted. All tokens but
+        the last one sampled are computed once a prompt is.
+        """
+        num_computed_tokens = [
+            min(computed, self.requests[request_id].num_tokens - 1)
+            for request_id, computed in zip(
+                cached.req_ids, cached.num_computed_tokens, strict=True
+            )
+        ]
+        return replace(cached, num_computed_tokens=num_computed_tokens)
 
     def _start_step(self) -> None:
         now = time.perf_counter()

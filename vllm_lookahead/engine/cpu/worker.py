@@ -27,9 +27,12 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             # Below, vLLM runs plain decoding; the runner does the rest.
             plain = copy.copy(vllm_config)
             plain.speculative_config = None
+            plain.scheduler_config = copy.copy(plain.scheduler_config)
+            plain.scheduler_config.async_scheduling = False
             # Plain vLLM and this must not share a cache of compiled graphs.
             plain.additional_config = {**plain.additional_config, "lookahead": True}
-            return LookaheadCPUModelRunner(plain, device, lookahead.params)
+            ahead = vllm_config.scheduler_config.async_scheduling
+            return LookaheadCPUModelRunner(plain, device, lookahead.params, ahead)
 
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = make_runner

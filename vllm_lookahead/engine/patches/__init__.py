@@ -20,8 +20,9 @@ def names(version: tuple[Any, ...]) -> list[str]:
     options = ["add_cli_args", "from_cli_args"]
     if not SUPPORTED[0] <= version[:2] < SUPPORTED[1]:
         return [*options, "refuse"]
+    configs = ["create_engine_config", "create_speculative_config"]
     only_032 = ["async_methods"] if version[:2] == (0, 32) else []
-    return [*options, "create_speculative_config", "validate_spec_decode", *only_032]
+    return [*options, *configs, "validate_spec_decode", *only_032]
 
 
 def upstream(target: str) -> tuple[Any, str]:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedule asynchronously on a CPU, where vLLM does not.
+
+Why: the CPU platform turns async scheduling off for every configuration. A lookahead
+step waits for nothing from the scheduler, so the next one can be scheduled meanwhile.
+Remove: when the CPU platform leaves the choice to the model runner.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_lookahead.engine.options import asked_for
+
+TARGET = "vllm.engine.arg_utils:EngineArgs.create_engine_config"
+
+
+def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        if not asked_for(self):
+            return config
+
+        from vllm_lookahead.engine.support import CPU_WORKER
+
+        if config.parallel_config.worker_cls == CPU_WORKER:
+            config.scheduler_config.async_scheduling = (
+                self.async_scheduling is not False
+            )
+        return config
+
+    return create_engine_config
