@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,20 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", default="demo/model")
-    add("--dataset", default=str(Path(__file__).parent / "python_prompts.jsonl"))
+    help_text = "one or more, with commas; each is measured at each temperature"
+    prompts = str(Path(__file__).parent / "python_prompts.jsonl")
+    add("--dataset", default=prompts, help=help_text)
     add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--methods", default="plain,ngram,suffix,lookahead")
     add("--num-prompts", type=int, default=16)
     add("--max-tokens", type=int, default=200)
-    add("--temperature", type=float, default=0.8)
+    add("--temperature", default="0.8", help="one or more, with commas")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=1)
     add("--repeats", type=int, default=3)
     help_text = "leave out prompts whose plain output has fewer distinct trigrams"
     add("--min-distinct", type=float, default=0.0, metavar="RATIO", help=help_text)
+    add("--keep", type=int, help="most prompts to keep of those that do not loop")
     add("--eager", action="store_true", help="no torch.compile")
     add("--dtype", default="auto")
     add("--max-model-len", type=int, default=2048)
@@ -86,8 +90,31 @@ def parse() -> argparse.Namespace:
     help_text = "of each engine, free when it starts; all are on the GPU at once"
     add("--gpu-memory-utilization", type=float, metavar="SHARE", help=help_text)
     add("--start-limit", type=float, metavar="SECONDS", help="per engine")
-    add("--output", type=Path, help="raw JSON")
+    help_text = "raw JSON; of several cells, NAME-DATASET-TEMPERATURE.json"
+    add("--output", type=Path, help=help_text)
     return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What every method is measured on at once."""
+
+    dataset: str
+    temperature: float
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.dataset).stem}-{self.temperature:g}"
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    try:
+        temperatures = [float(t) for t in args.temperature.split(",")]
+    except ValueError:
+        raise SystemExit(
+            f"--temperature {args.temperature}: give numbers, as in 0.8,0"
+        ) from None
+    return [Cell(d, t) for d in args.dataset.split(",") for t in temperatures]
 
 
 def start(
@@ -128,20 +155,21 @@ def start(
 
 def measure(
     args: argparse.Namespace,
+    cell: Cell,
     engines: dict[str, EngineProcess],
     save: Callable[[Turns, int], None],
 ) -> Turns:
     """All turns; `save` takes those so far and the number of prompts after each."""
-    texts = prompt_sets.load(args.dataset, args.data_dir, args.num_prompts)
+    texts = prompt_sets.load(cell.dataset, args.data_dir, args.num_prompts)
 
     def job(texts: list[str]) -> dict[str, Any]:
         params = {
             "max_tokens": args.max_tokens,
-            "temperature": args.temperature,
+            "temperature": cell.temperature,
             "ignore_eos": True,
         }
         seeds = [{"seed": args.seed + i} for i in range(len(texts))]
-        own = seeds if args.temperature else [{}] * len(texts)
+        own = seeds if cell.temperature else [{}] * len(texts)
         return {"prompts": texts, "params": [params | p for p in own]}
 
     if args.min_distinct:
@@ -150,10 +178,10 @@ def measure(
             text
             for text, steps in zip(texts, plain, strict=True)
             if distinct_trigrams(sum(steps, [])) >= args.min_distinct
-        ]
+        ][: args.keep]
         print(f"{len(texts)} prompts whose output does not loop")
         if not texts:
-            raise SystemExit(f"--min-distinct {args.min_distinct}: no prompt is left")
+            return {}
     for engine in engines.values():
         engine.run(job(texts[: max(2, args.batch_size)]))
     turns: Turns = {method: [] for method in engines}
@@ -200,6 +228,8 @@ def summarize(turns: Turns) -> dict[str, dict[str, Any]]:
 
 
 def report(turns: Turns) -> None:
+    if not turns:
+        return
     header = f"{'method':20} {'tok/s':>8} {'steps':>7} {'accept':>7} {'MiB':>7}"
     print(f"\n{header} {'vs plain':>8}  equal outputs")
     for method, row in summarize(turns).items():
@@ -246,26 +276,45 @@ def main() -> None:
         if not engines:
             raise SystemExit("no engine started")
 
-        def save(turns: Turns, num_prompts: int) -> None:
-            if not args.output:
-                return
-            raw = {
-                "about": {**environment(), **next(iter(engines.values())).about},
-                "settings": {k: v for k, v in vars(args).items() if k != "output"},
-                "num_prompts": num_prompts,
-                "not_run": not_run,
-                "summary": summarize(turns),
-                "turns": {method: _lean(turns[method]) for method in turns},
-            }
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(raw) + "\n")
-
+        measured = cells(args)
         try:
-            turns = measure(args, engines, save)
+            for cell in measured:
+                print(f"\n{cell.name}", flush=True)
+                output = args.output
+                if output and len(measured) > 1:
+                    output = output.with_name(f"{output.stem}-{cell.name}.json")
+                save = Save(args, cell, engines, not_run, output)
+                report(measure(args, cell, engines, save))
         finally:
             for engine in engines.values():
                 engine.close()
-    report(turns)
+
+
+@dataclass
+class Save:
+    """Writes a cell's turns as they come."""
+
+    args: argparse.Namespace
+    cell: Cell
+    engines: dict[str, EngineProcess]
+    not_run: dict[str, str]
+    output: Path | None
+
+    def __call__(self, turns: Turns, num_prompts: int) -> None:
+        if not self.output:
+            return
+        settings = {k: v for k, v in vars(self.args).items() if k != "output"}
+        about = {**environment(), **next(iter(self.engines.values())).about}
+        raw = {
+            "about": about,
+            "settings": settings | asdict(self.cell),
+            "num_prompts": num_prompts,
+            "not_run": self.not_run,
+            "summary": summarize(turns),
+            "turns": {method: _lean(turns[method]) for method in turns},
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(raw) + "\n")
 
 
 def _lean(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
