@@ -181,12 +181,19 @@ def test_the_newest_of_a_ring_comes_first(ops):
     assert tokens[:: N - 1] == [50, 40, 30, 20]
 
 
+@pytest.mark.parametrize(
+    ("block_size", "w", "size"), [(16, 0, 0), (16, 1, 16), (16, 15, 64), (4, 20, 20)]
+)
+def test_ring_size(block_size, w, size):
+    """As many as the slots may yield, at most four of them each, and one harvest."""
+    assert make_pages(1, block_size, w, 3).ring.shape[1] == size
+
+
 @pytest.mark.parametrize("w", [1, 3, 5, 20])
 def test_the_oldest_of_a_ring_is_overwritten(ops, w):
     """Over several turns of a ring: exactly the newest remain, in order."""
     pages = make_pages(2, BLOCK, w, 2)
     size = pages.ring.shape[1]
-    assert size == max(BLOCK, w)
     write(ops, pages, [1], [7, 8])
     row = Row([1, 0], 2, X, w, 2, G)
     harvested: list[list[int]] = []
