@@ -234,9 +234,10 @@ def main() -> None:
             f"{ours['over paper']:12.3f}{ours['over paper+prompt']:14.3f}",
             flush=True,
         )
-        settings = {k: v for k, v in vars(args).items() if k != "output_dir"}
+        numbers = ("num_prompts", "max_tokens", "sizes", "block_size", "seed")
+        settings = {key: getattr(args, key) for key in numbers}
         raw = {
-            "settings": settings | {"dataset": dataset},
+            "settings": {"model": name, "dataset": Path(dataset).stem, **settings},
             "seconds": time.perf_counter() - start,
             "summary": rows,
             "steps": results,
