@@ -94,13 +94,26 @@ def _update_kernel(
     in_window = live & (kind == KIND_WINDOW)
     width = tl.load(window_size_ptr + b)
     rows = tl.load(ngram_size_ptr + b) - 1
+    r = tl.arange(0, BLOCK_ROWS)[:, None]
+    j = tl.arange(0, BLOCK_COLUMNS)
+    in_page = (r < ROWS) & (j < COLUMNS)[None, :]
+    tail = tl.load(table_ptr + (position + num_emitted - 1) // BLOCK_SIZE)
+    tail = tail.to(tl.int64)
+    window_ptrs = window_ptr + (tail * ROWS + r) * COLUMNS + j[None, :]
     if tl.sum(in_window.to(tl.int32), 0) != width * rows - 1:
-        return  # no window, or not all of it
+        # No window, or not all of it: the one there was follows the tail.
+        old_tail = tl.load(table_ptr + tl.maximum(position - 1, 0) // BLOCK_SIZE)
+        old_tail = old_tail.to(tl.int64)
+        num_rows = tl.where((tail != old_tail) & (width > 0), ROWS, 0)
+        follows = (r < num_rows) & (j < COLUMNS)[None, :]
+        old_ptrs = window_ptr + (old_tail * ROWS + r) * COLUMNS + j[None, :]
+        kept = tl.load(old_ptrs, mask=follows, other=NO_TOKEN)
+        tl.debug_barrier()  # the new tail's page may be one that was emptied above
+        tl.store(window_ptrs, kept, mask=follows)
+        return
 
     # Cell (r, j) is node first + r * width + j, but (0, 0) is the root.
     first = num_nodes - width * rows
-    r = tl.arange(0, BLOCK_ROWS)[:, None]
-    j = tl.arange(0, BLOCK_COLUMNS)
     inside = j < width
     key = tl.load(tokens_ptr + tl.where(j == 0, 0, first + j), mask=inside, other=0)
     left = tl.where(j == 1, 0, first + j - 1)
@@ -122,13 +135,7 @@ def _update_kernel(
 
     # The new tail's page may be one that was emptied above.
     tl.debug_barrier()
-    tail = tl.load(table_ptr + (position + num_emitted - 1) // BLOCK_SIZE)
-    tail = tail.to(tl.int64)
-    tl.store(
-        window_ptr + (tail * ROWS + r) * COLUMNS + j[None, :],
-        slid,
-        mask=(r < ROWS) & (j < COLUMNS)[None, :],
-    )
+    tl.store(window_ptrs, slid, mask=in_page)
     count = tl.load(ring_count_ptr + tail)
     cell = tail * RING_SIZE + (count + j) % RING_SIZE
     ngram_ptr = ring_ptr + cell * (ROWS + 2)

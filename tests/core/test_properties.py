@@ -126,6 +126,11 @@ def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
             start = 0 if tail in touched else int(before.ring_count[tail])
             assert pages.ring_count[tail] == start + w
             touched.add(tail)
+        elif w and tail != (old_tail := table[(p - 1) // size]):
+            assert torch.equal(pages.window[tail], before.window[old_tail])
+            if tail not in touched:  # its window was written, its ring was not
+                assert torch.equal(pages.ring[tail], before.ring[tail])
+                touched.add(tail)
     changed = (pages.tokens != before.tokens).nonzero().tolist()
     assert {tuple(slot) for slot in changed} <= written
     rest = [block for block in range(len(pages.tokens)) if block not in touched]

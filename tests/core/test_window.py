@@ -213,6 +213,28 @@ def test_no_harvest_without_a_whole_window(ops):
     assert pages.window[2].tolist() == [[60] * 3, [8] * 3]
 
 
+@pytest.mark.parametrize("max_nodes", [1, 5])
+def test_a_window_that_was_not_fed_follows_the_tail(ops, max_nodes):
+    """Also where an accepted token begins the next block, and so empties its page."""
+    pages = make_pages(4, BLOCK, 3, 4)
+    text = [*range(40, 48), 7, 1, 2, 3, 4, 5]
+    rows = [Row([1, 0], 16, 7, 3, 4, 1, max_nodes)]
+    rows.append(Row([3, 2], 16, 7, 0, 4, 1, max_nodes))
+    for row in rows:
+        write(ops, pages, row.blocks, [*text, 8, 9, 7])
+    for block in (1, 3):
+        pages.window[block] = 60 + block
+    batch = make_batch(rows)
+    tree = ops.propose(pages, batch, full_length(1, 4))
+    assert tree.num_nodes.tolist() == [min(4, max_nodes)] * 2
+    sampled = ints([[1, 2, 3, 4, *[8] * (tree.tokens.shape[1] - 4)]] * 2)
+    before = clone_pages(pages)
+    ops.update(pages, batch, tree, sampled, ops.verify(tree, sampled, 4))
+    assert (pages.window[0] == 61).all()
+    assert torch.equal(pages.window[1:], before.window[1:]), "of nobody else"
+    assert (pages.ring == EMPTY).all()
+
+
 def test_a_window_cut_by_the_scheduler_is_not_harvested(ops):
     """Nodes cut off after the tree was built look like padding."""
     pages = make_pages(1, BLOCK, 3, 3)
