@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 
-from tests.v2.conftest import Engines
-from tests.v2.test_lossless import ACCEPTED, DRAFTS, TIGHT, prompts, request
+from tests.harness.engines import Engines
+from tests.harness.jobs import (
+    ACCEPTED,
+    DRAFTS,
+    TIGHT,
+    in_batches,
+    prompts,
+    request,
+    same_as_plain,
+)
 
 POOL = {"window_size": 0, "ngram_size": 6, "verification_set_size": 1}
 TREE = {"window_size": 0, "ngram_size": 5, "verification_set_size": 4}
@@ -21,27 +29,6 @@ SAMPLERS: list[dict[str, Any]] = [
 ]
 
 
-def in_batches(
-    requests: list[dict[str, Any]], size: int = 12
-) -> list[list[dict[str, Any]]]:
-    return [requests[i : i + size] for i in range(0, len(requests), size)]
-
-
-def same_as_plain(
-    engines: Engines,
-    jobs: list[list[dict[str, Any]]],
-    lookahead: dict[str, int],
-    **options: Any,
-) -> dict[str, Any]:
-    """Compare tokens and finish reasons with plain vLLM; return lookahead's result."""
-    plain = engines.run(jobs, **options)
-    result = engines.run(jobs, lookahead, **options)
-    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
-        assert other["tokens"] == one["tokens"]
-        assert other["reason"] == one["reason"]
-    return result
-
-
 @pytest.mark.parametrize("model", SHAPES, ids=str)
 @pytest.mark.parametrize("lookahead", [POOL, TREE, FULL], ids=["pool", "tree", "full"])
 def test_greedy_and_seeded(
@@ -54,7 +41,7 @@ def test_greedy_and_seeded(
         request(t, max_tokens=24, seed=i, **SAMPLERS[i % 4])
         for i, t in enumerate(texts)
     ]
-    jobs = in_batches(greedy) + in_batches(seeded)
+    jobs = in_batches(greedy, 12) + in_batches(seeded, 12)
     result = same_as_plain(engines, jobs, lookahead, model=model, max_num_seqs=12)
     assert result["metrics"][ACCEPTED] > 0
 
@@ -76,9 +63,9 @@ def test_block_sizes_and_prefix_caching(engines: Engines, block_size: int) -> No
 def test_low_precision(engines: Engines, dtype: str) -> None:
     """Outputs part ways only where plain vLLM's two likeliest tokens tie."""
     texts = prompts(16, seed=9)
-    jobs = in_batches([request(t, max_tokens=24, logprobs=4) for t in texts])
+    jobs = in_batches([request(t, max_tokens=24, logprobs=4) for t in texts], 12)
     plain = engines.run(jobs, dtype=dtype)["outputs"]
-    jobs = in_batches([request(t, max_tokens=24) for t in texts])
+    jobs = in_batches([request(t, max_tokens=24) for t in texts], 12)
     result = engines.run(jobs, FULL, dtype=dtype)
     assert result["metrics"][ACCEPTED] > 0
     for one, other in zip(plain, result["outputs"], strict=True):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.cpu.test_lossless import FULL, TREE, same_as_plain
-from tests.v2.conftest import Engines
-from tests.v2.test_lossless import prompts, request
+from tests.cpu.test_lossless import FULL, TREE
+from tests.harness.engines import Engines
+from tests.harness.jobs import prompts, request, same_as_plain
 
 
 def test_history(engines: Engines) -> None:

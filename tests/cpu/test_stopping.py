@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu.test_lossless import TREE, same_as_plain
-from tests.v2.conftest import Engines
-from tests.v2.test_lossless import ACCEPTED, prompts, request
+from tests.cpu.test_lossless import TREE
+from tests.harness.engines import Engines
+from tests.harness.jobs import ACCEPTED, prompts, request, same_as_plain
 
 EOS = 1
 # A period of five tokens that no model of the tests leaves soon.

@@ -1,122 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.v2.interpreter import HERE, environment
+from tests.harness.engines import Engines, serve_engines
+from tests.harness.environment import v1_environment, v2_environment
 
 pytest.importorskip("vllm")
-
-SMALL = {"window_size": 3, "ngram_size": 3, "verification_set_size": 3}
-MODEL = [0, 2]  # seed, K/V heads
-
-
-class Child:
-    """A process that runs engines, one at a time, and keeps the last."""
-
-    def __init__(self, models: Path, log: Path, env: dict[str, str]) -> None:
-        read, write = os.pipe()
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "child.py"), str(write), str(models)],
-            stdin=subprocess.PIPE,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            pass_fds=[write],
-            env=env,
-            text=True,
-        )
-        os.close(write)
-        self.results = os.fdopen(read)
-
-    def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        line = self.results.readline()
-        result = json.loads(line) if line else {"error": "the process died"}
-        if "error" in result:
-            pytest.fail(f"{result['error']}\n{self.log.read_text()[-6000:]}")
-        return result
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
-class Engines:
-    """Plain and lookahead engines, a process each; only one works at a time.
-
-    `plain` may be another one's, so that there is no second process for the same.
-    """
-
-    def __init__(
-        self, folder: Path, env: dict[str, str], plain: "Engines | None" = None
-    ) -> None:
-        self.folder, self.env, self.plain = folder, env, plain
-        self.children: dict[bool, Child] = {}
-        self.known: dict[str, dict[str, Any]] = {}
-
-    def run(
-        self,
-        batches: list[list[dict[str, Any]]],
-        lookahead: dict[str, int] | None = None,
-        *,
-        model: list[int] = MODEL,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """Run batches one after the other.
-
-        Args:
-            batches: lists of {"prompt": token ids, "params": SamplingParams}.
-            lookahead: sizes, or None for plain decoding.
-            model: arguments of `make_model`.
-            options: of `LLM`.
-        """
-        if lookahead is None and self.plain is not None:
-            return self.plain.run(batches, model=model, **options)
-        job: dict[str, Any] = {"model": model, "engine": options, "batches": batches}
-        job["lookahead"] = lookahead and {"method": "lookahead", **lookahead}
-        plain = lookahead is None
-        key = json.dumps(job)
-        if plain and key in self.known:
-            return self.known[key]
-        if plain not in self.children:
-            name = "plain" if plain else "lookahead"
-            log = self.folder / f"{name}.log"
-            self.children[plain] = Child(self.folder / name, log, self.env)
-        result = self.children[plain].run(job)
-        if plain:
-            self.known[key] = result
-        return result
-
-    def close(self) -> None:
-        for child in self.children.values():
-            child.close()
-
-
-def serve_engines(
-    folder: Path, env: dict[str, str], plain: Engines | None = None
-) -> Iterator[Engines]:
-    engines = Engines(folder, env, plain)
-    yield engines
-    engines.close()
 
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """The V2 engine on the oracles of its kernels: the engine alone is under test."""
-    env = environment(LOOKAHEAD_ORACLES="1")
+    env = v2_environment(LOOKAHEAD_ORACLES="1")
     yield from serve_engines(tmp_path_factory.mktemp("v2"), env)
 
 
@@ -126,12 +22,10 @@ def kernels(
 ) -> Iterator[Engines]:
     """The V2 engine as it is, on Triton kernels."""
     folder = tmp_path_factory.mktemp("kernels")
-    yield from serve_engines(folder, environment(), engines)
+    yield from serve_engines(folder, v2_environment(), engines)
 
 
 @pytest.fixture(scope="session")
 def v1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """Engines of the V1 runner, without Triton."""
-    env = environment(VLLM_USE_V2_MODEL_RUNNER="0", TRITON_INTERPRET="0")
-    del env["PYTHONPATH"]
-    yield from serve_engines(tmp_path_factory.mktemp("v1"), env)
+    yield from serve_engines(tmp_path_factory.mktemp("v1"), v1_environment())

@@ -1,56 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """V2 with lookahead says what plain V2 says, token for token."""
 
-import random
 from typing import Any
 
 import pytest
 
-from tests.v2.conftest import SMALL, Engines
-
-ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
-DRAFTS = "vllm:spec_decode_num_drafts"
-# A context, a batch and a K/V cache that requests run into the ends of.
-TIGHT = {
-    "max_model_len": 96,
-    "max_num_batched_tokens": 96,
-    "num_gpu_blocks_override": 9,
-}
-
-
-def prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
-    draw = random.Random(seed)
-    lengths = [draw.randint(1, longest) for _ in range(count)]
-    return [[draw.randrange(2, 97) for _ in range(n)] for n in lengths]
-
-
-def request(prompt: list[int], **params: Any) -> dict[str, Any]:
-    params = {"max_tokens": 12, "ignore_eos": True, "temperature": 0.0} | params
-    return {"prompt": prompt, "params": params}
+from tests.harness.engines import Engines
+from tests.harness.jobs import (
+    ACCEPTED,
+    DRAFTS,
+    SMALL,
+    TIGHT,
+    in_batches,
+    prompts,
+    request,
+    same_as_plain,
+)
 
 
 def in_fours(requests: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    return [requests[i : i + 4] for i in range(0, len(requests), 4)]
-
-
-def same_tokens(
-    engines: Engines,
-    jobs: list[list[dict[str, Any]]],
-    lookahead: dict[str, int] = SMALL,
-    **options: Any,
-) -> dict[str, Any]:
-    """Compare with plain V2; return the result of lookahead."""
-    plain = engines.run(jobs, **options)
-    result = engines.run(jobs, lookahead, **options)
-    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
-        assert other["tokens"] == one["tokens"]
-        assert other["reason"] == one["reason"]
-    return result
+    return in_batches(requests, 4)
 
 
 def test_greedy(kernels: Engines) -> None:
     jobs = in_fours([request(p) for p in prompts(8, seed=1)])
-    metrics = same_tokens(kernels, jobs)["metrics"]
+    metrics = same_as_plain(kernels, jobs)["metrics"]
     assert metrics[ACCEPTED] > 0
     assert metrics["vllm:spec_decode_num_draft_tokens"] <= 2 * metrics[DRAFTS]
 
@@ -68,7 +42,7 @@ def test_seeded(kernels: Engines) -> None:
             for i, p in enumerate(prompts(8, seed=2))
         ]
     )
-    assert same_tokens(kernels, jobs)["metrics"][ACCEPTED] > 0
+    assert same_as_plain(kernels, jobs)["metrics"][ACCEPTED] > 0
 
 
 def test_mixed_batch(kernels: Engines) -> None:
@@ -84,12 +58,12 @@ def test_mixed_batch(kernels: Engines) -> None:
     for i, text in enumerate(texts):
         own = {} if i < 4 else {"temperature": 0.8, "seed": 9}
         requests.append(request(text, extra_args=extra[i % 4], **own))
-    same_tokens(kernels, in_fours(requests))
+    same_as_plain(kernels, in_fours(requests))
 
 
 def test_switched_off(engines: Engines) -> None:
     jobs = [[request(p, extra_args={"lookahead": 0}) for p in prompts(2, seed=4)]]
-    assert same_tokens(engines, jobs)["metrics"].get(DRAFTS, 0) == 0
+    assert same_as_plain(engines, jobs)["metrics"].get(DRAFTS, 0) == 0
 
 
 def test_prefix_caching(kernels: Engines) -> None:
@@ -97,14 +71,14 @@ def test_prefix_caching(kernels: Engines) -> None:
     tails = prompts(4, seed=6, longest=9)
     jobs = [[request(shared + tail)] for tail in tails[:2]]
     jobs.append([request(shared + tail) for tail in tails])
-    result = same_tokens(kernels, jobs)
+    result = same_as_plain(kernels, jobs)
     assert all(output["cached"] >= 64 for output in result["outputs"][1:])
 
 
 def test_history(engines: Engines) -> None:
     """Logits that depend on earlier tokens other than through the model."""
     text = prompts(1, seed=7)[0]
-    same_tokens(
+    same_as_plain(
         engines,
         [
             [
@@ -129,14 +103,14 @@ def test_stops(engines: Engines) -> None:
     tokens = engines.run([[request(text)]])["outputs"][0]["tokens"]
     jobs = [[request(text, stop_token_ids=[t]) for t in tokens[i : i + 4]]
             for i in (0, 4)]  # fmt: skip
-    same_tokens(engines, [*jobs, [request(text, max_tokens=n) for n in (1, 2, 3, 5)]])
+    same_as_plain(engines, [*jobs, [request(text, max_tokens=n) for n in (1, 2, 3, 5)]])
 
 
 def test_logprobs(engines: Engines) -> None:
     text = prompts(1, seed=9)[0]
     jobs = [[request(text, logprobs=2), request(text, temperature=0.7, seed=3)]]
     jobs += [[request(text, logprobs=0, prompt_logprobs=1), request(text, logprobs=3)]]
-    plain, result = engines.run(jobs), same_tokens(engines, jobs)
+    plain, result = engines.run(jobs), same_as_plain(engines, jobs)
     for one, other in zip(plain["outputs"], result["outputs"], strict=True):
         assert (one["logprobs"] is None) == (other["logprobs"] is None)
         for expected, got in zip(
@@ -157,24 +131,28 @@ def test_grammar(engines: Engines) -> None:
             request(text, regex="[0-9]{6}", ignore_eos=False),
         ]
     ]
-    same_tokens(engines, jobs)
+    same_as_plain(engines, jobs)
 
 
 def test_chunked_prefill(engines: Engines) -> None:
     long = prompts(1, seed=11)[0] + list(range(2, 75))
     jobs = [[request(prompts(1, seed=12, longest=5)[0]), request(long[:80])]]
-    same_tokens(engines, jobs, **TIGHT)
+    same_as_plain(engines, jobs, **TIGHT)
 
 
 def test_preemption(engines: Engines) -> None:
     texts = [list(range(i, i + 30)) for i in (2, 20, 40, 60)]
-    result = same_tokens(engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT)
+    result = same_as_plain(
+        engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT
+    )
     assert result["metrics"]["vllm:num_preemptions"] > 0
 
 
 def test_max_model_len(engines: Engines) -> None:
     texts = [list(range(2, 2 + n)) for n in (80, 84, 90)]
-    result = same_tokens(engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT)
+    result = same_as_plain(
+        engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT
+    )
     assert {len(o["tokens"]) for o in result["outputs"]} == {16, 12, 6}
 
 
@@ -223,4 +201,4 @@ def test_sizes(
     names = ("window_size", "ngram_size", "verification_set_size")
     jobs = in_fours([request(p) for p in prompts(4, seed=20)])
     lookahead = dict(zip(names, sizes, strict=True))
-    same_tokens(engines, jobs, lookahead, model=[1, num_kv_heads])
+    same_as_plain(engines, jobs, lookahead, model=[1, num_kv_heads])

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.v2.conftest import MODEL, Engines
-from tests.v2.interpreter import environment
-from tests.v2.models import make_model
-from tests.v2.test_lossless import prompts, request
+from tests.harness.engines import MODEL, Engines
+from tests.harness.environment import v2_environment
+from tests.harness.jobs import prompts, request
+from tests.harness.models import make_model
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = folder / "serve.log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment()
+            command, stdout=out, stderr=subprocess.STDOUT, env=v2_environment()
         )
     url = f"http://127.0.0.1:{port}"
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that runs V2 engines, one at a time, on request.
+"""A process that runs engines, one at a time, on request.
 
 Each line of stdin is a job: {"model", "lookahead", "engine", "batches"}; each line
 written to the pipe of file descriptor `sys.argv[1]` is its result. An engine serves

@@ -1,32 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The V2 engine on a CPU, its Triton kernels run by Triton's interpreter."""
+"""What the V2 engine needs under Triton's interpreter, in the child process."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-HERE = Path(__file__).parent
-
-ENV = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """Of a child process that runs the V2 engine."""
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
-    return env | ENV | {"PYTHONPATH": str(HERE / "site")} | extra
 
 
 def stand_in() -> None:

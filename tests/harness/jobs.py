@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests for `Engines.run`, and the comparison with plain decoding."""
+
+import random
+from typing import Any
+
+from tests.harness.engines import Engines
+
+SMALL = {"window_size": 3, "ngram_size": 3, "verification_set_size": 3}
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
+DRAFTS = "vllm:spec_decode_num_drafts"
+# A context, a batch and a K/V cache that requests run into the ends of.
+TIGHT = {
+    "max_model_len": 96,
+    "max_num_batched_tokens": 96,
+    "num_gpu_blocks_override": 9,
+}
+
+
+def prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, longest) for _ in range(count)]
+    return [[draw.randrange(2, 97) for _ in range(n)] for n in lengths]
+
+
+def request(prompt: list[int], **params: Any) -> dict[str, Any]:
+    params = {"max_tokens": 12, "ignore_eos": True, "temperature": 0.0} | params
+    return {"prompt": prompt, "params": params}
+
+
+def in_batches(requests: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    return [requests[i : i + size] for i in range(0, len(requests), size)]
+
+
+def same_as_plain(
+    engines: Engines,
+    jobs: list[list[dict[str, Any]]],
+    lookahead: dict[str, int] = SMALL,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compare tokens and finish reasons with plain vLLM; return lookahead's result."""
+    plain = engines.run(jobs, **options)
+    result = engines.run(jobs, lookahead, **options)
+    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
+        assert other["tokens"] == one["tokens"]
+        assert other["reason"] == one["reason"]
+    return result
