@@ -148,7 +148,7 @@ def _walk(
     for level in range(max_emitted):
         logits_row[step.rows[walking]] = step.logits_node[walking, node]
         picked = alive if subset else np.arange(num_requests)
-        level_metadata = _at_level(metadata, alive, subset)
+        level_metadata = _at_level(metadata, alive, num_requests, subset)
         output = runner.sampler(logits[logits_row[picked]], level_metadata)
         sampled = output.sampled_token_ids[:, 0].numpy()
         tokens[alive, level] = sampled if subset else sampled[alive]
@@ -181,13 +181,15 @@ def _walk(
 
 
 def _at_level(
-    metadata: SamplingMetadata, alive: np.ndarray, subset: bool
+    metadata: SamplingMetadata, alive: np.ndarray, num_requests: int, subset: bool
 ) -> SamplingMetadata:
     """Sampling metadata of the requests still walking.
 
     Their rows alone where rows are independent; else every row, for processors
     are keyed by row, but only the walking requests draw from their generators.
     """
+    if len(alive) == num_requests:
+        return metadata
     if not subset:
         generators = {i: g for i, g in metadata.generators.items() if i in set(alive)}
         return replace(metadata, generators=generators)
