@@ -7,6 +7,7 @@ every job that asks for the same one in a row.
 """
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -31,6 +32,9 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
+
+
+numbers = itertools.count()
 
 
 class Engines:
@@ -66,24 +70,12 @@ def logits_in_chunks(rows: int | None) -> AbstractContextManager:
 
 
 def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
     llm = engines.get(job)
     before = counters(llm)
     start = time.perf_counter()
-    outputs, samples = [], []
+    outputs, samples, usage = [], [], []
     for batch in job["batches"]:
-        prompts, params = [], []
-        for request in batch:
-            options = dict(request["params"])
-            if regex := options.pop("regex", None):
-                options["structured_outputs"] = StructuredOutputsParams(regex=regex)
-            if bias := options.get("logit_bias"):  # JSON has no integer keys
-                options["logit_bias"] = {int(token): b for token, b in bias.items()}
-            prompts.append({"prompt_token_ids": request["prompt"]})
-            params.append(SamplingParams(**options))
-        for output in llm.generate(prompts, params, use_tqdm=False):
+        for output, seen in generate(llm, batch):
             samples += [list(c.token_ids) for c in output.outputs]
             completion = output.outputs[0]
             logprobs = completion.logprobs
@@ -97,15 +89,78 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
                         sorted((t, p.logprob) for t, p in position.items())
                         for position in logprobs
                     ],
+                    "ngrams": seen,
                 }
             )
+        usage.append(scheduler(llm).kv_cache_manager.usage)
     after = counters(llm)
     return {
         "outputs": outputs,
         "samples": samples,
+        "usage": usage,
         "seconds": time.perf_counter() - start,
         "metrics": {k: v - before.get(k, 0) for k, v in after.items()},
     }
+
+
+def generate(llm: Any, batch: list[dict[str, Any]]) -> list[tuple[Any, int | None]]:
+    """Run requests side by side, step by step.
+
+    Returns:
+        Of each its last output, and for a watched one the Jacobi n-grams that its
+        blocks hold once its prompt has been read.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    requests = {f"r{next(numbers)}": request for request in batch}
+    for name, request in requests.items():
+        params = sampling_params(request)
+        if not request.keys() & {"abort_after", "watch"}:
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+        prompt = {"prompt_token_ids": request["prompt"]}
+        if "salt" in request:
+            prompt["cache_salt"] = request["salt"]
+        engine.add_request(name, prompt, params)
+    last: dict[str, Any] = {}
+    ngrams: dict[str, int] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            name = output.request_id
+            request = requests[name]
+            if request.get("watch") and name not in last:
+                ngrams[name] = num_ngrams(llm, name, len(request["prompt"]))
+            last[name] = output
+            count = len(output.outputs[0].token_ids)
+            if count >= request.get("abort_after", count + 1) and not output.finished:
+                engine.abort_request([name])
+    return [(last[name], ngrams.get(name)) for name in requests]
+
+
+def sampling_params(request: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    options = dict(request["params"])
+    if regex := options.pop("regex", None):
+        options["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    if bias := options.get("logit_bias"):  # JSON has no integer keys
+        options["logit_bias"] = {int(token): b for token, b in bias.items()}
+    return SamplingParams(**options)
+
+
+def scheduler(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def num_ngrams(llm: Any, name: str, position: int) -> int:
+    """Jacobi n-grams in the pages of a running request's first `position` tokens."""
+    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    inputs, pages = runner.input_batch, runner.pages
+    (row,) = (i for r, i in inputs.req_id_to_index.items() if r.startswith(f"{name}-"))
+    num_blocks = -(-position // pages.block_size)
+    blocks = inputs.block_table[0].block_table.np[row, :num_blocks]
+    return int((pages.ring[blocks][..., 1] >= 0).sum())
 
 
 def counters(llm: Any) -> dict[str, float]:

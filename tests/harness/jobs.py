@@ -23,9 +23,27 @@ def prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
     return [[draw.randrange(2, 97) for _ in range(n)] for n in lengths]
 
 
-def request(prompt: list[int], **params: Any) -> dict[str, Any]:
+def request(
+    prompt: list[int],
+    *,
+    salt: str | None = None,
+    abort_after: int | None = None,
+    watch: bool | None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """A request of a batch.
+
+    Args:
+        prompt: token ids.
+        salt: `cache_salt`.
+        abort_after: abort it once it has that many tokens.
+        watch: count the Jacobi n-grams that it finds in its prompt's pages.
+        params: of `SamplingParams`.
+    """
     params = {"max_tokens": 12, "ignore_eos": True, "temperature": 0.0} | params
-    return {"prompt": prompt, "params": params}
+    extra = {"salt": salt, "abort_after": abort_after, "watch": watch}
+    given = {name: value for name, value in extra.items() if value is not None}
+    return {"prompt": prompt, "params": params, **given}
 
 
 def in_batches(requests: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
