@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "ngram-default": {"method": "ngram", "num_speculative_tokens": 5},
     "suffix": {"method": "suffix"},
     "lookahead": {"method": "lookahead"},
+    "lookahead-off": {"method": "lookahead"},  # by each request
 }
 # {method: [result of each turn]}
 Turns = dict[str, list[dict[str, Any]]]
@@ -162,7 +163,7 @@ def measure(
     """All turns; `save` takes those so far and the number of prompts after each."""
     texts = prompt_sets.load(cell.dataset, args.data_dir, args.num_prompts)
 
-    def job(texts: list[str]) -> dict[str, Any]:
+    def job(texts: list[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
         params = {
             "max_tokens": args.max_tokens,
             "temperature": cell.temperature,
@@ -170,7 +171,7 @@ def measure(
         }
         seeds = [{"seed": args.seed + i} for i in range(len(texts))]
         own = seeds if cell.temperature else [{}] * len(texts)
-        return {"prompts": texts, "params": [params | p for p in own]}
+        return {"prompts": texts, "params": [params | p | (extra or {}) for p in own]}
 
     if args.min_distinct:
         plain = next(iter(engines.values())).run(job(texts))["steps"]
@@ -187,7 +188,8 @@ def measure(
     turns: Turns = {method: [] for method in engines}
     for turn in range(args.repeats):
         for method, engine in engines.items():
-            result = engine.run(job(texts))
+            off = {"extra_args": {"lookahead": 0}} if method == "lookahead-off" else {}
+            result = engine.run(job(texts, off))
             tokens = sum(len(t) for steps in result["steps"] for t in steps)
             steps = sum(map(len, result["steps"]))
             outputs: list[list[int]] = [sum(steps, []) for steps in result.pop("steps")]
@@ -254,7 +256,9 @@ def environment() -> dict[str, str]:
     ).stdout.strip()
     return {
         "commit": commit,
-        "command": " ".join(["python", "benchmarks/offline.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "benchmarks/offline.py", *map(_without_folder, sys.argv[1:])]
+        ),
         "python": platform.python_version(),
         "processor": _processor(),
     }
@@ -303,7 +307,9 @@ class Save:
     def __call__(self, turns: Turns, num_prompts: int) -> None:
         if not self.output:
             return
-        settings = {k: v for k, v in vars(self.args).items() if k != "output"}
+        settings = {
+            k: _without_folder(v) for k, v in vars(self.args).items() if k != "output"
+        }
         about = {**environment(), **next(iter(self.engines.values())).about}
         raw = {
             "about": about,
@@ -315,6 +321,12 @@ class Save:
         }
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(raw) + "\n")
+
+
+def _without_folder(value: Any) -> Any:
+    """A result says which model or file it is of, not where that lay."""
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
 
 
 def _lean(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import KVTransferConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
@@ -157,6 +158,14 @@ def test_unsupported_models_are_refused_by_name(kind: str, tmp_path: Path) -> No
         ({"pipeline_parallel_size": 2}, "does not support pipeline parallelism"),
         ({"worker_cls": "mine.Worker"}, "--worker-cls=mine.Worker cannot run"),
         ({"scheduler_cls": "mine.S"}, "--scheduler-cls=mine.S cannot run"),
+        (
+            {
+                "kv_transfer_config": KVTransferConfig(
+                    kv_connector="ExampleConnector", kv_role="kv_both"
+                )
+            },
+            "kv_connector=ExampleConnector cannot be combined",
+        ),
         ({"spec_tokens": 4}, "num_speculative_tokens=4 is not an option"),
         ({"spec_model": "m"}, "model='m' is not an option"),
         ({"spec_method": "ngram"}, "--spec-method=ngram and .* mutually exclusive"),

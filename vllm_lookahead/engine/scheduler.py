@@ -43,6 +43,11 @@ class LookaheadScheduler(Scheduler):
         self.num_lookahead_tokens = max(
             0, self.lookahead.max_tree_size - self.lookahead.ngram_size
         )
+        # Always as many drafts as ever: with such a table, vLLM pads no request that
+        # enters with one token left to N, be its lookahead off or not.
+        self.dynamic_sd_lookup = [self.num_spec_tokens] * (
+            self.max_num_running_reqs + 1
+        )
         # Scheduler.__init__ derived this before it knew of the tree.
         step_tokens = 1 + self.num_spec_tokens + self.num_lookahead_tokens
         self._spec_decode_step_blocks = sum(

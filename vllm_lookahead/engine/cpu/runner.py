@@ -60,6 +60,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.idle_generators: dict[int, torch.Generator] = {}
         self.request_params: dict[str, LookaheadParams] = {}
         self.policy = DraftLengthPolicy(params)
+        # Every rank must draft the same, and each has a clock of its own.
+        self.is_learning = self.parallel_config.tensor_parallel_size == 1
         self.step_start = time.perf_counter()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +143,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def _start_step(self) -> None:
         now = time.perf_counter()
-        if self.step is not None and self.step.only_decodes:
+        if self.is_learning and self.step is not None and self.step.only_decodes:
             self.policy.observe_step(
                 now - self.step_start, self.step.num_tokens, self.step.num_emitted
             )

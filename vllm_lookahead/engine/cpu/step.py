@@ -78,6 +78,9 @@ class TreeStep:
         )
         # A token may be emitted at every position up to max_model_len - 1.
         sizes[:, 1] = np.minimum(sizes[:, 1], room - 1)
+        # Fewer placeholders than N-1: no more tokens may come out than those and one.
+        is_cut = narrow < sizes[:, 1]
+        max_nodes = np.where(is_cut, np.minimum(max_nodes, narrow), max_nodes)
         max_nodes = np.where(sizes[:, 1] < 2, 1, max_nodes)
         sizes[:, 1] = np.maximum(sizes[:, 1], 2)
         if runner.needs_plain_rows():

@@ -30,7 +30,8 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             plain.scheduler_config = copy.copy(plain.scheduler_config)
             plain.scheduler_config.async_scheduling = False
             # Plain vLLM and this must not share a cache of compiled graphs.
-            plain.additional_config = {**plain.additional_config, "lookahead": True}
+            if isinstance(plain.additional_config, dict):
+                plain.additional_config = {**plain.additional_config, "lookahead": 1}
             ahead = vllm_config.scheduler_config.async_scheduling
             return LookaheadCPUModelRunner(plain, device, lookahead.params, ahead)
 

@@ -43,6 +43,13 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"--scheduler-cls={self.scheduler_cls} cannot run lookahead, which "
                 "has a scheduler of its own: drop one of them"
             )
+        if self.kv_transfer_config is not None:
+            connector = self.kv_transfer_config.kv_connector
+            raise ValueError(
+                f"kv_transfer_config with kv_connector={connector} cannot be combined "
+                "with lookahead: a connector would store the K/V of drafts that were "
+                "not accepted; drop one of them"
+            )
         # Not with the others: its module is slow to import, and servers need it.
         install(["generate"])
         target_parallel_config.worker_cls = worker_class()
