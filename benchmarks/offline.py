@@ -124,8 +124,8 @@ def start(
     """The engine of each method, and why a method has none."""
     engines: dict[str, EngineProcess] = {}
     not_run: dict[str, str] = {}
-    for method in args.methods.split(","):
-        config = speculative_config(method)
+    configs = {m: speculative_config(m) for m in args.methods.split(",")}
+    for method, config in configs.items():
         if method == "suffix" and not importlib.util.find_spec("arctic_inference"):
             not_run[method] = "its package arctic-inference is not installed"
             print(f"suffix: skipped, {not_run[method]}")
@@ -275,12 +275,12 @@ def _processor() -> str:
 
 def main() -> None:
     args = parse()
+    measured = cells(args)
     with tempfile.TemporaryDirectory() as folder:
         engines, not_run = start(args, Path(folder))
         if not engines:
             raise SystemExit("no engine started")
 
-        measured = cells(args)
         try:
             for cell in measured:
                 print(f"\n{cell.name}", flush=True)

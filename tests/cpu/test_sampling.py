@@ -4,11 +4,9 @@
 from collections import Counter
 from typing import Any
 
-import pytest
-
 from tests.cpu.test_lossless import FULL, TREE
 from tests.harness.engines import Engines
-from tests.harness.jobs import prompts, request, same_as_plain
+from tests.harness.jobs import prompts, request, same_as_plain, same_logprobs
 
 
 def test_history(engines: Engines) -> None:
@@ -42,14 +40,7 @@ def test_logprobs(engines: Engines) -> None:
     options = {"max_logprobs": -1}
     plain = engines.run(jobs, **options)
     result = same_as_plain(engines, jobs, TREE, **options)
-    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
-        assert (one["logprobs"] is None) == (other["logprobs"] is None)
-        pairs = zip(one["logprobs"] or [], other["logprobs"] or [], strict=True)
-        for expected, got in pairs:
-            assert [t for t, _ in got] == [t for t, _ in expected]
-            assert [p for _, p in got] == pytest.approx(
-                [p for _, p in expected], abs=1e-4
-            )
+    same_logprobs(plain, result)
 
 
 def test_grammar(engines: Engines) -> None:

@@ -4,6 +4,8 @@
 import random
 from typing import Any
 
+import pytest
+
 from tests.harness.engines import Engines
 
 SMALL = {"window_size": 3, "ngram_size": 3, "verification_set_size": 3}
@@ -63,3 +65,15 @@ def same_as_plain(
         assert other["tokens"] == one["tokens"]
         assert other["reason"] == one["reason"]
     return result
+
+
+def same_logprobs(plain: dict[str, Any], result: dict[str, Any]) -> None:
+    """The same tokens in the same order, with logprobs that agree."""
+    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
+        assert (one["logprobs"] is None) == (other["logprobs"] is None)
+        pairs = zip(one["logprobs"] or [], other["logprobs"] or [], strict=True)
+        for expected, got in pairs:
+            assert [t for t, _ in got] == [t for t, _ in expected]
+            assert [p for _, p in got] == pytest.approx(
+                [p for _, p in expected], abs=1e-4
+            )

@@ -15,6 +15,7 @@ from tests.harness.jobs import (
     prompts,
     request,
     same_as_plain,
+    same_logprobs,
 )
 
 
@@ -111,15 +112,7 @@ def test_logprobs(engines: Engines) -> None:
     jobs = [[request(text, logprobs=2), request(text, temperature=0.7, seed=3)]]
     jobs += [[request(text, logprobs=0, prompt_logprobs=1), request(text, logprobs=3)]]
     plain, result = engines.run(jobs), same_as_plain(engines, jobs)
-    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
-        assert (one["logprobs"] is None) == (other["logprobs"] is None)
-        for expected, got in zip(
-            one["logprobs"] or [], other["logprobs"] or [], strict=True
-        ):
-            assert [t for t, _ in got] == [t for t, _ in expected]
-            assert [p for _, p in got] == pytest.approx(
-                [p for _, p in expected], abs=1e-4
-            )
+    same_logprobs(plain, result)
 
 
 def test_grammar(engines: Engines) -> None:

@@ -7,25 +7,16 @@ thread, and only if the results are the same to the last bit.
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_lookahead.cpu_kernels.linear import linear
-
-logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 
 # As `torch.backends.cpu.get_cpu_capability` calls an x86 CPU without AVX-512.
 _CAPABILITY = "AVX2"
 
 
-def _lookahead_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return linear(x, weight, bias)
-
-
-def _lookahead_linear_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+def _linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -49,9 +40,7 @@ def replace_linear_layers(model: nn.Module) -> int:
         the number of layers replaced.
     """
     if not hasattr(torch.ops.vllm, "lookahead_linear"):
-        direct_register_custom_op(
-            "lookahead_linear", _lookahead_linear, fake_impl=_lookahead_linear_fake
-        )
+        direct_register_custom_op("lookahead_linear", linear, fake_impl=_linear_fake)
     layers = [m for m in model.modules() if hasattr(m, "cpu_linear") and _equals(m)]
     for layer in layers:
         layer.cpu_linear = torch.ops.vllm.lookahead_linear
