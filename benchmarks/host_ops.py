@@ -16,7 +16,7 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.ops import LookaheadOps, TorchOps
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
@@ -59,7 +59,7 @@ def make_state(
         verification_set_size=column(params.verification_set_size),
         max_nodes=column(params.max_tree_size),
     )
-    shape = MAX_CONTEXT + 1, params.verification_set_size
+    shape = NUM_ORIGINS, params.verification_set_size
     chain_length = torch.full(shape, params.ngram_size - 1, dtype=torch.int32)
     return pages, batch, chain_length
 
@@ -76,7 +76,7 @@ def step_calls(
     for depth in range(n - 1):  # the first chain is right
         sampled[:, depth] = tree.tokens[:, depth + 1]
     verdict = ops.verify(tree, sampled, n)
-    trials = torch.zeros((MAX_CONTEXT + 1) * g, n - 1, dtype=torch.float64)
+    trials = torch.zeros(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
     hits = trials.clone()
     mask = torch.empty(batch_size, tree.tokens.shape[1], tree.tokens.shape[1])
     if isinstance(ops, NumbaOps):

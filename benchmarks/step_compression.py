@@ -25,7 +25,7 @@ from tree_model import Draft, TreeModel  # type: ignore[import-not-found]
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -68,7 +68,7 @@ class Ours:
         self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
         g = params.verification_set_size
         self.chain_length = torch.full(
-            (MAX_CONTEXT + 1, g), params.ngram_size - 1, dtype=torch.int32
+            (NUM_ORIGINS, g), params.ngram_size - 1, dtype=torch.int32
         )
         self.position, self.root = len(prompt) - 1, prompt[-1]
         self.batch: RequestBatch | None = None

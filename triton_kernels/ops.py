@@ -5,10 +5,13 @@ import torch
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels import (
+    bigrams as bigram_kernels,
+)
 from vllm_lookahead.triton_kernels import compaction, mask, pool, verify, window
 from vllm_lookahead.triton_kernels import pages as pages_kernels
 from vllm_lookahead.triton_kernels import tree as tree_kernels
@@ -48,11 +51,17 @@ class TritonOps:
     update = staticmethod(window.update)
 
     def propose(
-        self, pages: BlockPages, batch: RequestBatch, chain_length: torch.Tensor
+        self,
+        pages: BlockPages,
+        batch: RequestBatch,
+        chain_length: torch.Tensor,
+        bigrams: torch.Tensor | None = None,
     ) -> DraftTree:
         b = batch.block_table.shape[0]
         candidates, context = self._candidates[:b], self._context[:b]
         pool.lookup(pages, batch, chain_length, self._scratch, candidates, context)
+        if bigrams is not None:
+            bigram_kernels.complete(candidates, context, batch, chain_length, bigrams)
         tree = DraftTree(*(column[:b] for column in self._tree))
         tree_kernels.build_tree(pages, batch, candidates, context, tree)
         return tree
@@ -98,7 +107,7 @@ class TritonOps:
 
         padding = RequestBatch(block_table[:1], *zeros(6, 1).unbind(0))
         self.write_tokens(pages, zeros(1, dtype=torch.int64) - 1, zeros(1))
-        tree = self.propose(pages, padding, zeros(MAX_CONTEXT + 1, g))
+        tree = self.propose(pages, padding, zeros(NUM_ORIGINS, g), zeros(1, 1))
         mask.build_mask(
             tree,
             padding.position,
@@ -109,7 +118,7 @@ class TritonOps:
         )
         sampled = zeros(1, t, dtype=torch.int64)
         verdict = self.verify(tree, sampled, n)
-        counts = zeros((MAX_CONTEXT + 1) * g, n - 1, dtype=torch.float64)
+        counts = zeros(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
         self.observe(tree, verdict, counts, counts)
         self.compact(caches, padding, verdict, pages.block_size)
         self.update(pages, padding, tree, sampled, verdict)

@@ -188,7 +188,7 @@ def _select_kernel(
     root_ptr,  # [B] int32
     ngram_size_ptr,  # [B] int32
     wanted_ptr,  # [B] int32
-    chain_length_ptr,  # [CLASSES, G] int32
+    chain_length_ptr,  # [NUM_ORIGINS, G] int32
     splits,
     stride_table,
     BLOCK_SIZE: tl.constexpr,
@@ -298,8 +298,8 @@ def lookup(
     Args:
         pages: the pool.
         batch: B requests. One with verification_set_size 0 reads nothing.
-        chain_length: [MAX_CONTEXT + 1, G] int32, most tokens worth drafting from
-            the chain of that agreement and rank.
+        chain_length: [NUM_ORIGINS, G] int32, most tokens worth drafting from the
+            chain of that agreement and rank.
         scratch: allocated for at least B requests and G candidates.
         candidates: [B, G, N-1] int32, out, best first, EMPTY beyond a chain's end.
         context: [B, G] int32, out, tokens before the key that agree; EMPTY where
@@ -312,7 +312,7 @@ def lookup(
     g = chain_length.shape[1]
     num_values, ring_size = pages.window.shape[1], pages.ring.shape[1]
     listed = g * oracle.ENTRIES_PER_CANDIDATE
-    expect("chain_length", chain_length, (oracle.MAX_CONTEXT + 1, g))
+    expect("chain_length", chain_length, (oracle.NUM_ORIGINS, g))
     expect("candidates", candidates, (b, g, num_values))
     expect("context", context, (b, g))
     if not b or not g:

@@ -131,7 +131,7 @@ def observe(
     Args:
         tree: as fed.
         verdict: of the tree.
-        trials: [(MAX_CONTEXT + 1) * G, N-1] float64, candidate nodes verified, by
+        trials: [NUM_ORIGINS * G, N-1] float64, candidate nodes verified, by
             origin and depth - 1; added to.
         hits: like `trials`, those accepted; added to.
     """

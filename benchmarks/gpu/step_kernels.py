@@ -7,7 +7,7 @@ import torch
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
@@ -68,7 +68,7 @@ def step_calls(
     pages, batch = make_state(params, requests, context, block_size, device)
     ops = TritonOps(params, requests, device)
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
-    longest = torch.full((MAX_CONTEXT + 1, g), n - 1, dtype=torch.int32, device=device)
+    longest = torch.full((NUM_ORIGINS, g), n - 1, dtype=torch.int32, device=device)
     tree = ops.propose(pages, batch, longest)
     sampled = torch.zeros(requests, t, dtype=torch.int64, device=device)
     last = min(n - 1, t - 1)

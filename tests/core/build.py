@@ -10,7 +10,7 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.params import LookaheadParams
 
@@ -66,7 +66,7 @@ def make_batch(rows: Sequence[Row], filler: int = 0) -> RequestBatch:
 
 def full_length(g: int, n: int) -> torch.Tensor:
     """The `chain_length` table that cuts no chain."""
-    return torch.full((MAX_CONTEXT + 1, g), n - 1, dtype=torch.int32)
+    return torch.full((NUM_ORIGINS, g), n - 1, dtype=torch.int32)
 
 
 def write(

@@ -12,7 +12,7 @@ from tests.core.build import Row, clone_pages, ints, make_batch, make_pages, nod
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.ops import LookaheadOps, TorchOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
@@ -68,7 +68,7 @@ class State:
 
     pages: BlockPages
     batch: RequestBatch
-    chain_length: torch.Tensor  # [MAX_CONTEXT + 1, G]
+    chain_length: torch.Tensor  # [NUM_ORIGINS, G]
     n: int
 
 
@@ -115,9 +115,16 @@ def random_state(shape: Shape, seed: int) -> State:
             row.g = rng.choice([g, rng.randint(0, g)])
             row.max_nodes = rng.choice([most, rng.randint(1, most)])
         rows.append(row)
-    chain_length = torch.randint(0, n, (MAX_CONTEXT + 1, g), dtype=torch.int32)
-    chain_length[torch.rand(MAX_CONTEXT + 1, g) < 0.5] = n - 1
+    chain_length = torch.randint(0, n, (NUM_ORIGINS, g), dtype=torch.int32)
+    chain_length[torch.rand(NUM_ORIGINS, g) < 0.5] = n - 1
     return State(pages, make_batch(rows, filler=blocks[0]), chain_length, n)
+
+
+def random_bigrams(vocab: int) -> torch.Tensor:
+    """Of most tokens; the last ones are not in the table."""
+    bigrams = torch.randint(0, vocab, (max(1, vocab - 1), 3), dtype=torch.int32)
+    bigrams[torch.rand(len(bigrams)) < 0.1] = EMPTY
+    return bigrams
 
 
 def fill_page(pages: BlockPages, block: int, rng: random.Random, tokens) -> None:
@@ -195,8 +202,10 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
 
     before = clone_pages(state.pages)
     batch = copy.deepcopy(state.batch)
-    tree = oracle.propose(state.pages, state.batch, state.chain_length)
-    assert_same_trees(tree, other.propose(state.pages, batch, state.chain_length))
+    for bigrams in (None, random_bigrams(vocab)):
+        tree = oracle.propose(state.pages, state.batch, state.chain_length, bigrams)
+        again = other.propose(state.pages, batch, state.chain_length, bigrams)
+        assert_same_trees(tree, again)
     assert_same_pages(state.pages, before)
     for f in fields(RequestBatch):
         assert torch.equal(getattr(batch, f.name), getattr(state.batch, f.name))
@@ -205,7 +214,7 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
     verdict = oracle.verify(tree, sampled, state.n)
     assert_same_verdicts(verdict, other.verify(tree, sampled, state.n))
 
-    counts = torch.ones((MAX_CONTEXT + 1) * state.chain_length.shape[1], state.n - 1)
+    counts = torch.ones(NUM_ORIGINS * state.chain_length.shape[1], state.n - 1)
     counted = [[counts.double(), counts.double()] for _ in range(2)]
     oracle.observe(tree, verdict, *counted[0])
     other.observe(tree, verdict, *counted[1])

@@ -20,7 +20,7 @@ from tests.core.build import (
 from tests.core.plain_python import Chain, draft_tree, lookup
 from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT
+from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT, NUM_ORIGINS
 from vllm_lookahead.core.tree import CANDIDATE
 
 X = 99  # the root
@@ -239,7 +239,7 @@ def test_random_pools_against_plain_python(ops, seed):
             pages.ring_count[block] += turn
     if rng.random() < 0.3:
         pages.tokens[:, rng.randrange(size)] = EMPTY  # never recorded
-    lengths = torch.randint(0, n, (MAX_CONTEXT + 1, g), dtype=torch.int32)
+    lengths = torch.randint(0, n, (NUM_ORIGINS, g), dtype=torch.int32)
     lengths = rng.choice([lengths, full_length(g, n)])
 
     tree = ops.propose(pages, make_batch(rows, filler=blocks[0]), lengths)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.compaction import LayerCaches, compact
@@ -52,7 +53,8 @@ def step(
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
     tokens = b * t
     ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
-    tree = ops.propose(pages, batch, meta(MAX_CONTEXT + 1, g))
+    bigrams = meta(128_256, NUM_SUCCESSORS)
+    tree = ops.propose(pages, batch, meta(NUM_ORIGINS, g), bigrams)
     build_mask(
         tree,
         batch.position,
@@ -63,7 +65,7 @@ def step(
     )
     sampled = meta(b, t, dtype=torch.int64)
     verdict = ops.verify(tree, sampled, n)
-    counts = meta((MAX_CONTEXT + 1) * g, n - 1, dtype=torch.float64)
+    counts = meta(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
     ops.observe(tree, verdict, counts, counts)
     # vLLM: K and V of a head side by side
     cache = meta(NUM_BLOCKS, block_size, 8, 256, dtype=torch.bfloat16)

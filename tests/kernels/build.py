@@ -87,10 +87,14 @@ class AnySizeTritonOps(TritonOps):
         self._scratch.count.fill_(POISON)
 
     def propose(
-        self, pages: BlockPages, batch: RequestBatch, chain_length: torch.Tensor
+        self,
+        pages: BlockPages,
+        batch: RequestBatch,
+        chain_length: torch.Tensor,
+        bigrams: torch.Tensor | None = None,
     ) -> DraftTree:
         self._resize(pages, len(batch.root), chain_length.shape[1])
-        return super().propose(pages, batch, chain_length)
+        return super().propose(pages, batch, chain_length, bigrams)
 
     def verify(
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int

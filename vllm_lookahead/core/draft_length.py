@@ -2,21 +2,22 @@
 """How many tokens of a candidate are worth drafting.
 
 Where a step is compute-bound, a drafted token costs time whether or not it is
-accepted. With t the mean time of a step, E the tokens it emits, and c the time one
-more token takes, drafting a token that is accepted with probability v raises E / t
-only if v > c * E / t. Both sides are measured while serving: v by how far the
-candidate agreed with the request's suffix, its rank, and the depth; c by regression
-of step time on tokens fed. So drafts shrink, to nothing if need be, as batches grow.
+accepted, and an accepted one must be sampled. With t the mean time of a step, E the
+tokens it emits, c the time one more token takes and d that of one more emitted,
+drafting a token that is accepted with probability v raises E / t only if
+v / (c + v * d) > E / t. All are measured while serving: v by how far the candidate
+agreed with the request's suffix, its rank, and the depth; c and d by regression of
+step time. So drafts shrink, to nothing if need be, as batches grow.
 """
 
 import numpy as np
 import torch
 
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import BIGRAM, NUM_ORIGINS
 from vllm_lookahead.params import LookaheadParams
 
-# Acceptance per token assumed of an entry before any was seen: agreement on the
-# key alone, and what each further agreeing token adds.
+# Acceptance per token assumed before any was seen: of a pool entry that agrees on
+# the key alone, and what each further agreeing token adds; a bigram is one short.
 _PRIOR_BASE, _PRIOR_STEP, _PRIOR_TRIALS = 0.3, 0.06, 4.0
 # A token's time over a step's, assumed until both have been measured.
 _PRIOR_COST = 0.03
@@ -30,22 +31,24 @@ class DraftLengthPolicy:
     """Learns `chain_length`, the table that `propose` cuts candidates by.
 
     Attributes:
-        trials, hits: [(MAX_CONTEXT + 1) * G, N-1] float64, for `observe`.
-        chain_length: [MAX_CONTEXT + 1, G] int32.
+        trials, hits: [NUM_ORIGINS * G, N-1] float64, for `observe`.
+        chain_length: [NUM_ORIGINS, G] int32.
     """
 
     def __init__(self, params: LookaheadParams) -> None:
         g, depth = params.verification_set_size, params.ngram_size - 1
-        origins = (MAX_CONTEXT + 1) * g
-        self.trials = torch.zeros(origins, depth, dtype=torch.float64)
-        self.hits = torch.zeros(origins, depth, dtype=torch.float64)
-        self.chain_length = torch.full((MAX_CONTEXT + 1, g), depth, dtype=torch.int32)
-        context = np.arange(MAX_CONTEXT + 1).repeat(g)[:, None]
+        self.trials = torch.zeros(NUM_ORIGINS * g, depth, dtype=torch.float64)
+        self.hits = torch.zeros_like(self.trials)
+        self.chain_length = torch.full((NUM_ORIGINS, g), depth, dtype=torch.int32)
+        context = np.arange(NUM_ORIGINS)
+        context[BIGRAM] = -1
+        context = context.repeat(g)[:, None]
         per_token = _PRIOR_BASE + _PRIOR_STEP * context
         self._prior = per_token ** np.arange(1, depth + 1)
-        # Decaying sums of 1, n, n^2, t, nt and of tokens emitted.
-        self._sums = np.zeros(6)
-        self._steps = 0
+        # (1, tokens fed, tokens emitted, seconds) of steps not accounted for yet, and
+        # the decaying sum of its products with itself over all others.
+        self._steps: list[tuple[float, ...]] = []
+        self._moments = np.zeros((4, 4))
 
     def observe_step(self, seconds: float, num_tokens: int, num_emitted: int) -> None:
         """Account for a finished step that only decoded.
@@ -55,33 +58,41 @@ class DraftLengthPolicy:
             num_tokens: fed, drafts included.
             num_emitted: tokens the step's requests gained.
         """
-        count, _, _, time, *_ = self._sums
-        if count > _UPDATE_EVERY and seconds > 4 * time / count:
+        count, *_, time = self._moments[0]
+        if count > _UPDATE_EVERY and seconds * count > 4 * time:
             return  # a pause, not a step
-        n, t = float(num_tokens), seconds
-        self._sums *= 0.5 ** (1 / _HALF_LIFE)
-        self._sums += (1.0, n, n * n, t, n * t, num_emitted)
-        self._steps += 1
-        if self._steps % _UPDATE_EVERY == 0:
+        self._steps.append((1.0, num_tokens, num_emitted, seconds))
+        if len(self._steps) == _UPDATE_EVERY:
             self._update()
 
     @property
     def threshold(self) -> float:
-        """Least acceptance probability that pays: c * E / t."""
-        count, n, nn, t, nt, emitted = self._sums
-        variance = nn - n * n / count
-        cost = _PRIOR_COST
-        if variance > count:  # spread by more than a token
-            slope = (nt - n * t / count) / variance
-            cost = slope * count / t
-        return max(cost, _MIN_COST) * emitted / count
+        """Least acceptance probability that pays: c * E / (t - d * E)."""
+        count, n, e, t = self._moments[0]
+        cost, per_emitted = _PRIOR_COST * t / count, 0.0
+        means = self._moments / count
+        covariance = means[1:, 1:] - np.outer(means[0, 1:], means[0, 1:])
+        (nn, ne, nt), (_, ee, et), _ = covariance
+        spread = nn * ee - ne * ne
+        if nn > 1 and spread > 0.1 * nn * ee:  # by more than a token, and not as one
+            cost = (nt * ee - et * ne) / spread
+            per_emitted = max(0.0, (et * nn - nt * ne) / spread)
+        cost = max(cost, _MIN_COST * t / count)
+        return float(cost * e / max(t - per_emitted * e, 0.1 * t))
 
     def _update(self) -> None:
         decay = 0.5 ** (_UPDATE_EVERY / _HALF_LIFE)
+        self._moments *= decay
+        steps = np.array(self._steps)
+        self._moments += steps.T @ steps
+        self._steps.clear()
         self.trials *= decay
         self.hits *= decay
         accepted = self.hits.numpy() + _PRIOR_TRIALS * self._prior
-        rate = accepted / (self.trials.numpy() + _PRIOR_TRIALS)
+        trials = self.trials.numpy() + _PRIOR_TRIALS
+        rate = accepted / trials
+        # What was tried little may be better than it looked: one standard deviation.
+        rate += np.sqrt(rate * (1 - rate) / trials)
         pays = np.minimum.accumulate(rate, axis=1) > self.threshold
         length = pays.sum(1, dtype=np.int32).reshape(self.chain_length.shape)
         self.chain_length.copy_(torch.from_numpy(length))

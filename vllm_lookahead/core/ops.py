@@ -4,7 +4,8 @@
 An engine calls them in this order, for all requests of the step at once:
 
     write_tokens   tokens whose K/V the step computes for good (prompts, roots)
-    propose        look up the pool, read the window, build the trees
+    propose        look up the pool, ask the model's bigrams where it has nothing,
+                   read the window, build the trees
     (forward pass over the trees; sample at the root and the candidates)
     verify         walk the trees
     observe        count what was accepted, where anyone wants to know
@@ -19,6 +20,7 @@ import torch
 from vllm_lookahead.core import pages as pages_lib
 from vllm_lookahead.core import verify as verify_lib
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import complete
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import lookup
 from vllm_lookahead.core.tree import DraftTree, build_tree
@@ -34,7 +36,11 @@ class LookaheadOps(Protocol):
     ) -> None: ...
 
     def propose(
-        self, pages: BlockPages, batch: RequestBatch, chain_length: torch.Tensor
+        self,
+        pages: BlockPages,
+        batch: RequestBatch,
+        chain_length: torch.Tensor,
+        bigrams: torch.Tensor | None = None,
     ) -> DraftTree: ...
 
     def verify(
@@ -76,9 +82,16 @@ class TorchOps:
 
     @staticmethod
     def propose(
-        pages: BlockPages, batch: RequestBatch, chain_length: torch.Tensor
+        pages: BlockPages,
+        batch: RequestBatch,
+        chain_length: torch.Tensor,
+        bigrams: torch.Tensor | None = None,
     ) -> DraftTree:
         candidates, context = lookup(pages, batch, chain_length)
+        if bigrams is not None:
+            candidates, context = complete(
+                candidates, context, batch, chain_length, bigrams
+            )
         return build_tree(batch, candidates, context, read_window(pages, batch))
 
     @staticmethod

@@ -15,6 +15,8 @@ from vllm_lookahead.core.pages import EMPTY, BlockPages
 
 # Tokens before the key that are compared; a ring entry stores one.
 MAX_CONTEXT = 8
+# Rows of a table by origin of a chain: that agreement, and last, none at all.
+BIGRAM, NUM_ORIGINS = MAX_CONTEXT + 1, MAX_CONTEXT + 2
 # Entries looked at per candidate wanted: many continue the same way.
 ENTRIES_PER_CANDIDATE = 4
 
@@ -27,8 +29,8 @@ def lookup(
     Args:
         pages: the pool; its N bounds the length of a chain.
         batch: B requests; blocks up to that of position p-1 are read.
-        chain_length: [MAX_CONTEXT + 1, G] int32, most tokens worth drafting from
-            the chain of that agreement and rank.
+        chain_length: [NUM_ORIGINS, G] int32, most tokens worth drafting from the
+            chain of that agreement and rank.
 
     Returns:
         candidates: [B, G, N-1] int32, best first, EMPTY beyond a chain's end.

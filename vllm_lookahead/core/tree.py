@@ -27,8 +27,8 @@ class DraftTree:
         depths: [B, T] int32, distance from the root.
         kinds: [B, T] int32, ROOT, CANDIDATE or WINDOW. Only candidates are
             verified; any source of drafts may add them.
-        origins: [B, T] int32, for a candidate the pool rank and agreement of the
-            chain it comes from, as context * G + rank; EMPTY for other nodes.
+        origins: [B, T] int32, for a candidate the rank and agreement of the chain it
+            comes from, as context * G + rank; EMPTY for other nodes.
         num_nodes: [B] int32.
     """
 

@@ -103,8 +103,8 @@ def observe(
     Args:
         tree: as fed.
         verdict: of the tree.
-        trials: [(MAX_CONTEXT + 1) * G, N-1] float64, candidate nodes verified, by
-            origin and depth - 1; added to.
+        trials: [NUM_ORIGINS * G, N-1] float64, candidate nodes verified, by origin
+            and depth - 1; added to.
         hits: like `trials`, those accepted; added to.
     """
     counted = (tree.kinds == CANDIDATE) & (tree.origins >= 0)

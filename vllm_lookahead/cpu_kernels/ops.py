@@ -8,7 +8,7 @@ import torch
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.cpu_kernels import mask as mask_lib
 from vllm_lookahead.cpu_kernels import propose as propose_lib
 from vllm_lookahead.cpu_kernels import update as update_lib
@@ -42,7 +42,7 @@ def warm_up(
     ops = NumbaOps()
     pages = BlockPages.allocate(1, block_size, params)
     chain_length = torch.full(
-        (MAX_CONTEXT + 1, params.verification_set_size),
+        (NUM_ORIGINS, params.verification_set_size),
         params.ngram_size - 1,
         dtype=torch.int32,
     )
@@ -67,7 +67,7 @@ def warm_up(
     ops.compact([], batch, verdict, block_size)
     slot = np.zeros((2, 1), np.int64)
     verify_lib.move_slots(caches, *slot)
-    shape = ((MAX_CONTEXT + 1) * params.verification_set_size, params.ngram_size - 1)
+    shape = (NUM_ORIGINS * params.verification_set_size, params.ngram_size - 1)
     trials = torch.zeros(shape, dtype=torch.float64)
     ops.observe(tree, verdict, trials, trials.clone())
     ops.update(pages, batch, tree, tree.tokens, verdict)

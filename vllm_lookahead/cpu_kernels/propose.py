@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look up the pool and build the draft tree, a request at a time.
 
-The same results as `core.pool.lookup`, `core.window.read_window` and
-`core.tree.build_tree`, in one call and without a copy of the history: a scan of
-the pages from the newest entry to the oldest.
+The same results as `core.pool.lookup`, `core.bigrams.complete`,
+`core.window.read_window` and `core.tree.build_tree`, in one call and without a copy
+of the history: a scan of the pages from the newest entry to the oldest.
 """
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE
+from vllm_lookahead.core.pool import BIGRAM, ENTRIES_PER_CANDIDATE, MAX_CONTEXT
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
 from vllm_lookahead.core.window import SEED_STRIDE
 from vllm_lookahead.cpu_kernels.arrays import array, batch_arrays, page_arrays
 from vllm_lookahead.cpu_kernels.jit import kernel
+
+NO_BIGRAMS = np.empty((0, 0), np.int32)
 
 
 @kernel
@@ -147,11 +149,37 @@ def _lookup(
 
 
 @kernel
+def _complete(
+    bigrams,  # [V, R]
+    root,
+    wanted,
+    chains,  # [G, N_r - 1] in and out
+    contexts,  # [G] in and out
+    num_chains,
+):
+    """Chains of the model's bigrams, and ends for the others; returns how many."""
+    vocab_size, successors = bigrams.shape
+    num_found = num_chains
+    if vocab_size > 0:
+        num_chains = min(wanted, num_found + successors)
+    for i in range(num_chains):
+        if i >= num_found:
+            chains[i] = EMPTY
+            contexts[i] = BIGRAM
+        last, column = root, max(i - num_found, 0)
+        for k in range(chains.shape[1]):
+            if chains[i, k] == EMPTY and 0 <= last < vocab_size:
+                chains[i, k] = bigrams[last, column]
+            last, column = chains[i, k], 0
+    return num_chains
+
+
+@kernel
 def _add_candidates(
     chains,  # [G, N_r - 1]
     contexts,  # [G]
     num_chains,
-    chain_length,  # [MAX_CONTEXT + 1, G]
+    chain_length,  # [NUM_ORIGINS, G]
     max_nodes,
     tokens,  # [T] out, as are the rest
     parents,
@@ -237,13 +265,14 @@ def _propose_kernel(
     ngram_size,  # [B] int32
     verification_set_size,  # [B] int32
     max_nodes,  # [B] int32
-    chain_length,  # [MAX_CONTEXT + 1, G] int32
+    chain_length,  # [NUM_ORIGINS, G] int32
+    bigrams,  # [V, R] int32
     entries_per_candidate,
     seed_stride,
     columns,  # [5, B, T] int32 out: tokens, parents, depths, kinds, origins
     num_nodes,  # [B] int32 out
 ):
-    levels, max_chains = chain_length.shape
+    levels, max_chains = MAX_CONTEXT + 1, chain_length.shape[1]
     found = np.empty((levels, max_chains * entries_per_candidate), np.int64)
     num_found = np.empty(levels, np.int64)
     contexts = np.empty(max_chains, np.int64)
@@ -258,6 +287,9 @@ def _propose_kernel(
                 tokens, ring, table, p, root[b], wanted, found, num_found,
                 chains, contexts,
             )  # fmt: skip
+            num_chains = _complete(
+                bigrams, root[b], wanted, chains, contexts, num_chains
+            )
 
         out_tokens, parents, depths = columns[0, b], columns[1, b], columns[2, b]
         kinds, origins = columns[3, b], columns[4, b]
@@ -279,7 +311,10 @@ def _propose_kernel(
 
 
 def propose(
-    pages: BlockPages, batch: RequestBatch, chain_length: torch.Tensor
+    pages: BlockPages,
+    batch: RequestBatch,
+    chain_length: torch.Tensor,
+    bigrams: torch.Tensor | None = None,
 ) -> DraftTree:
     """`TorchOps.propose` in one pass."""
     num_requests = batch.position.shape[0]
@@ -292,6 +327,7 @@ def propose(
         *page_arrays(pages),
         *batch_arrays(batch),
         array(chain_length, torch.int32),
+        NO_BIGRAMS if bigrams is None else array(bigrams, torch.int32),
         ENTRIES_PER_CANDIDATE,
         SEED_STRIDE,
         columns,

@@ -17,6 +17,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_lookahead.engine.bigrams import LoneTokens
+
 # How the C++ kernels of this ISA pack a block; see `kv_views`.
 REQUIRED_ISA = "vec"
 
@@ -77,11 +79,13 @@ class LookaheadAttentionImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: LookaheadAttentionMetadata | None,
+        attn_metadata: LookaheadAttentionMetadata | LoneTokens | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(attn_metadata, LoneTokens):
+            return attn_metadata.attend(query, key, value, output, self.scale)
         super().forward(
             layer,
             query,

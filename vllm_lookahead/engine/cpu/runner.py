@@ -24,6 +24,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_lookahead.core.draft_length import DraftLengthPolicy
 from vllm_lookahead.core.pages import BlockPages, page_bytes
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.cpu import linear
 from vllm_lookahead.engine.cpu.attention import slot_views
 from vllm_lookahead.engine.cpu.sampling import sample_along_trees
@@ -33,6 +34,9 @@ from vllm_lookahead.params import LookaheadParams, request_params
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 
+# What a thread may spend on bigrams before the server starts: 5 to 20 s.
+MAX_BIGRAM_FLOPS = 5e11
+
 
 class LookaheadCPUModelRunner(CPUModelRunner):
     """CPUModelRunner that feeds draft trees.
@@ -41,6 +45,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         params: the server's sizes.
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
+        bigrams: [V, R] int32, see `core.bigrams`; None before the model was asked.
         step: the trees of the step in flight, None in a step without any.
     """
 
@@ -56,6 +61,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.is_scheduled_ahead = is_scheduled_ahead
         self.ops = NumbaOps()
         self.pages: BlockPages
+        self.bigrams: torch.Tensor | None = None
         self.step: TreeStep | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
         self.request_params: dict[str, LookaheadParams] = {}
@@ -97,6 +103,11 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             page_bytes(block_size, self.params) * kv_cache_config.num_blocks / 2**20,
             100 * self.page_share(),
         )
+
+    def ask_model(self) -> None:
+        if self.params.verification_set_size:
+            flops = MAX_BIGRAM_FLOPS * torch.get_num_threads()
+            self.bigrams = ask_model(self.model, self.vllm_config, self.device, flops)
 
     def needs_plain_rows(self) -> bool:
         """Whether the batch cannot be sampled along trees: one row per request."""

@@ -101,7 +101,9 @@ class TreeStep:
             verification_set_size=column(sizes[:, 2]),
             max_nodes=column(max_nodes),
         )
-        tree = runner.ops.propose(runner.pages, batch, runner.policy.chain_length)
+        tree = runner.ops.propose(
+            runner.pages, batch, runner.policy.chain_length, runner.bigrams
+        )
         return cls._lay_out(runner, output, ids, rows, batch, tree)
 
     @classmethod

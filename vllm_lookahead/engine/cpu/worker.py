@@ -2,6 +2,7 @@
 """The CPU worker: vLLM's, with a lookahead model runner."""
 
 import copy
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -41,6 +42,11 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.ask_model()
+        return times
 
     def determine_available_memory(self) -> int:
         """K/V memory, less what the pages take."""

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
+from vllm_lookahead.engine.bigrams import LoneTokens
 from vllm_lookahead.engine.gpu.cpu_attention import TorchAttention
 from vllm_lookahead.triton_kernels.attention import tree_attention
 from vllm_lookahead.triton_kernels.attention_config import SplitScratch, TreeBatch
@@ -143,6 +144,9 @@ class TreeAttention:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(attn_metadata, LoneTokens):
+            scale = self.scale  # type: ignore[attr-defined]
+            return attn_metadata.attend(query, key, value, output, scale)
         forward = super().forward  # type: ignore[misc]
         if not isinstance(attn_metadata, TreeMetadata):
             return forward(

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.gpu.attention import install_tree_attention, slot_views
 from vllm_lookahead.engine.gpu.cudagraph import LookaheadCudaGraphManager
 from vllm_lookahead.engine.gpu.outputs import AsyncLookaheadOutput
@@ -47,6 +48,9 @@ logger = init_logger("vllm.lookahead")
 # Tokens that the trees of a step share; more requests, smaller trees. A 7B model in
 # bf16 is memory-bound on an H200 up to about 180 tokens.
 MAX_TREE_TOKENS = 256
+# What a server may spend on bigrams before it starts: a 7B model's 128k tokens cost
+# 2e15, some 4 s on an H100.
+MAX_BIGRAM_FLOPS = 1e16
 
 
 class LookaheadModelRunner(BaseModelRunner):
@@ -72,6 +76,7 @@ class LookaheadModelRunner(BaseModelRunner):
         self.ops = TritonOps(params, self.max_num_reqs, device)
         self.speculator = LookaheadSpeculator(self)
         self.max_chunk_rows = get_max_chunk_logits(self.vocab_size)
+        self.bigrams: torch.Tensor | None = None
         self.pages: BlockPages
         self.slot_views: list[torch.Tensor]
         # No node of a tree lies further from its root.
@@ -129,6 +134,12 @@ class LookaheadModelRunner(BaseModelRunner):
             self.kv_cache_config.num_blocks, block_size, self.lookahead, self.device
         )
         self.slot_views = slot_views(self)
+
+    def ask_model(self) -> None:
+        if self.lookahead.verification_set_size:
+            self.bigrams = ask_model(
+                self.model, self.vllm_config, self.device, MAX_BIGRAM_FLOPS
+            )
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_lookahead.core.pool import MAX_CONTEXT
+from vllm_lookahead.core.pool import NUM_ORIGINS
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LookaheadSpeculator(BaseSpeculator):
-    """Drafts without a model: the pool and the window are in the block pages."""
+    """Drafts without a draft model: pool and window are in the block pages."""
 
     supports_mm_inputs = False
     draft_logits = None
@@ -25,7 +25,7 @@ class LookaheadSpeculator(BaseSpeculator):
         params, device = runner.lookahead, runner.device
         num_drafts = params.ngram_size - 1
         self.chain_length = torch.full(
-            (MAX_CONTEXT + 1, params.verification_set_size),
+            (NUM_ORIGINS, params.verification_set_size),
             num_drafts,
             dtype=torch.int32,
             device=device,
@@ -62,6 +62,8 @@ class LookaheadSpeculator(BaseSpeculator):
             states.num_computed_tokens.gpu[idx_mapping],
             states.last_sampled_tokens[idx_mapping, 0].int(),
         )
-        tree = runner.ops.propose(runner.pages, batch, self.chain_length)
+        tree = runner.ops.propose(
+            runner.pages, batch, self.chain_length, runner.bigrams
+        )
         runner.slots.store(tree, idx_mapping, drafts)
         return drafts

@@ -31,6 +31,11 @@ class LookaheadGPUWorker(BaseWorker):
         if not isinstance(self.model_runner, LookaheadModelRunner):
             self.model_runner = self._make_model_runner()
 
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.ask_model()
+        return times
+
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Memory for K/V, less what the pages take."""
