@@ -58,9 +58,6 @@ class DraftLengthPolicy:
             num_tokens: fed, drafts included.
             num_emitted: tokens the step's requests gained.
         """
-        count, *_, time = self._moments[0]
-        if count > _UPDATE_EVERY and seconds * count > 4 * time:
-            return  # a pause, not a step
         self._steps.append((1.0, num_tokens, num_emitted, seconds))
         if len(self._steps) == _UPDATE_EVERY:
             self._update()
@@ -84,6 +81,8 @@ class DraftLengthPolicy:
         decay = 0.5 ** (_UPDATE_EVERY / _HALF_LIFE)
         self._moments *= decay
         steps = np.array(self._steps)
+        seconds = steps[:, -1]
+        steps = steps[seconds < 2 * np.median(seconds)]  # others are pauses
         self._moments += steps.T @ steps
         self._steps.clear()
         self.trials *= decay

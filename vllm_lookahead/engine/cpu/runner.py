@@ -183,9 +183,10 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             self.ops.write_tokens(self.pages, slots, self.input_ids.cpu[:total])
             return prepared
         self.step.feed(self)
-        final = slots.where(self.step.is_final, -1)
+        flat = self.step.flat
+        final = slots.where(torch.from_numpy(flat.is_final), -1)
         self.ops.write_tokens(self.pages, final, self.input_ids.cpu[:total])
-        return self.step.logits_indices, *prepared[1:]
+        return torch.from_numpy(flat.logits_indices), *prepared[1:]
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)

@@ -22,8 +22,8 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.tree import CANDIDATE
 from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.cpu_kernels.walk import Walk
 
 if TYPE_CHECKING:
     from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
@@ -38,7 +38,7 @@ def sample_along_trees(
     Args:
         runner: for its sampler, sampling metadata and ops.
         step: the trees.
-        logits: [rows, vocab_size], laid out as `step.logits_indices`.
+        logits: [rows, vocab_size], laid out as `step.flat.logits_indices`.
 
     Returns:
         output: tokens as [num_requests, N], -1 beyond the emitted ones.
@@ -51,9 +51,8 @@ def sample_along_trees(
         best = runner.sampler.greedy_sample(logits.float()).long()
         sampled = _by_node(best, step)
         verdict = runner.ops.verify(step.tree, sampled, runner.params.ngram_size)
-        num_requests = len(step.start) - 1
-        tokens = torch.full((num_requests, verdict.tokens.shape[1]), EMPTY)
-        tokens[:, 0] = best[step.logits_start[1:] - 1]
+        tokens = torch.full((step.num_requests, verdict.tokens.shape[1]), EMPTY)
+        tokens[:, 0] = best[step.flat.logits_start[1:] - 1]
         tokens[step.rows] = verdict.tokens.long()
         return SamplerOutput(tokens.int(), None), sampled, verdict
 
@@ -114,7 +113,7 @@ def _rows_are_independent(metadata: SamplingMetadata) -> bool:
 
 def _by_node(by_row: torch.Tensor, step: "TreeStep") -> torch.Tensor:
     """[rows] values as [b, T]; meaningless at nodes without logits."""
-    return by_row[torch.from_numpy(step.logits_node).clamp(min=0)]
+    return by_row[torch.from_numpy(step.flat.logits_node).clamp(min=0)]
 
 
 def _walk(
@@ -125,45 +124,36 @@ def _walk(
 ) -> tuple[np.ndarray, np.ndarray, int, LogprobsTensors | None]:
     """Call the sampler level by level, on the requests still walking.
 
+    Where rows are independent nothing but `Sampler.sample` would touch them.
+
     Returns:
         tokens: [num_requests, N] int32, EMPTY beyond the emitted ones.
         path: [b, N] int32, node each token of a tree was sampled at.
         levels: columns of `tokens` in use.
         logprobs: of [num_requests * levels] rows, if asked for.
     """
-    tree, max_emitted = step.tree, runner.params.ngram_size
-    num_requests, num_trees = len(step.start) - 1, len(step.rows)
-    is_candidate = tree.kinds.numpy() == CANDIDATE
-    drafts = np.where(is_candidate, tree.tokens.numpy(), EMPTY)
-    parents = tree.parents.numpy()
+    max_emitted, num_requests = runner.params.ngram_size, step.num_requests
     subset = _rows_are_independent(metadata)
     history = runner.input_batch.req_output_token_ids
 
     tokens = np.full((num_requests, max_emitted), EMPTY, dtype=np.int32)
-    path = np.full((num_trees, max_emitted), EMPTY, dtype=np.int32)
+    walk = Walk.start(step.tree, step.rows, step.flat, max_emitted)
     logprobs: list[LogprobsTensors] = []
-    logits_row = step.logits_start[1:] - 1
-    walking, node = np.arange(num_trees), np.zeros(num_trees, dtype=np.int64)
     alive = np.arange(num_requests)
     for level in range(max_emitted):
-        logits_row[step.rows[walking]] = step.logits_node[walking, node]
         picked = alive if subset else np.arange(num_requests)
+        rows = logits[torch.from_numpy(walk.logits_row[picked])]
         level_metadata = _at_level(metadata, alive, num_requests, subset)
-        output = runner.sampler(logits[logits_row[picked]], level_metadata)
-        sampled = output.sampled_token_ids[:, 0].numpy()
-        tokens[alive, level] = sampled if subset else sampled[alive]
-        path[walking, level] = node
-        if output.logprobs_tensors is not None:
-            logprobs.append(output.logprobs_tensors)
+        if subset:
+            sampled, _ = runner.sampler.sample(rows.float(), level_metadata)
+            tokens[alive, level] = sampled.numpy()
+        else:
+            output = runner.sampler(rows, level_metadata)
+            tokens[alive, level] = output.sampled_token_ids[:, 0].numpy()[alive]
+            if output.logprobs_tensors is not None:
+                logprobs.append(output.logprobs_tensors)
 
-        # Step into the candidate that carries the token, where there is one.
-        token = tokens[step.rows[walking], level]
-        matches = (parents[walking] == node[:, None]) & (
-            drafts[walking] == token[:, None]
-        )
-        matched = matches.any(1)
-        walking, node = walking[matched], matches.argmax(1)[matched]
-        alive = step.rows[walking]
+        alive = walk.advance(tokens, level)
         if not len(alive):
             break
         if not subset:
@@ -177,7 +167,7 @@ def _walk(
             extra = int((tokens[i] != EMPTY).sum()) - 1
             if extra:
                 del history[i][-extra:]
-    return tokens, path, level + 1, _stack(logprobs)
+    return tokens, walk.path, level + 1, _stack(logprobs)
 
 
 def _at_level(
