@@ -57,7 +57,7 @@ def test_nearly_the_best_speed_is_found(per_token, per_emitted):
 def test_drafts_that_cost_a_step_each_are_hardly_made():
     policy, rng = DraftLengthPolicy(PARAMS), random.Random(0)
     time, tokens = serve(policy, 2000, lambda fed, emitted: fed, rng)
-    assert tokens / time > 0.93  # plain decoding: 1
+    assert tokens / time > 0.95  # plain decoding: 1
 
 
 def test_what_gains_nothing_is_not_charged_to_drafts():

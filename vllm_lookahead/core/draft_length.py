@@ -19,9 +19,10 @@ from vllm_lookahead.params import LookaheadParams
 # Acceptance per token assumed before any was seen: of a pool entry that agrees on
 # the key alone, and what each further agreeing token adds; a bigram is one short.
 _PRIOR_BASE, _PRIOR_STEP, _PRIOR_TRIALS = 0.3, 0.06, 4.0
-# A token's time over a step's, assumed until both have been measured.
-_PRIOR_COST = 0.03
-_MIN_COST = 0.002
+# Time of a token fed and of one emitted, over a step's, and how many steps that are
+# one token off the mean count as much as this assumption.
+_PRIOR_COSTS, _PRIOR_STEPS = np.array([0.03, 0.0]), 20.0
+_MIN_COSTS = np.array([0.002, 0.0])
 # Steps after which an observation counts half as much as a new one.
 _HALF_LIFE = 500
 _UPDATE_EVERY = 8
@@ -42,13 +43,12 @@ class DraftLengthPolicy:
         self.chain_length = torch.full((NUM_ORIGINS, g), depth, dtype=torch.int32)
         context = np.arange(NUM_ORIGINS)
         context[BIGRAM] = -1
-        context = context.repeat(g)[:, None]
-        per_token = _PRIOR_BASE + _PRIOR_STEP * context
-        self._prior = per_token ** np.arange(1, depth + 1)
+        self._prior = _PRIOR_BASE + _PRIOR_STEP * context.repeat(g)
         # (1, tokens fed, tokens emitted, seconds) of steps not accounted for yet, and
         # the decaying sum of its products with itself over all others.
         self._steps: list[tuple[float, ...]] = []
         self._moments = np.zeros((4, 4))
+        self._costs = _PRIOR_COSTS
 
     def observe_step(self, seconds: float, num_tokens: int, num_emitted: int) -> None:
         """Account for a finished step that only decoded.
@@ -65,17 +65,21 @@ class DraftLengthPolicy:
     @property
     def threshold(self) -> float:
         """Least acceptance probability that pays: c * E / (t - d * E)."""
-        count, n, e, t = self._moments[0]
-        cost, per_emitted = _PRIOR_COST * t / count, 0.0
-        means = self._moments / count
-        covariance = means[1:, 1:] - np.outer(means[0, 1:], means[0, 1:])
-        (nn, ne, nt), (_, ee, et), _ = covariance
-        spread = nn * ee - ne * ne
-        if nn > 1 and spread > 0.1 * nn * ee:  # by more than a token, and not as one
-            cost = (nt * ee - et * ne) / spread
-            per_emitted = max(0.0, (et * nn - nt * ne) / spread)
-        cost = max(cost, _MIN_COST * t / count)
-        return float(cost * e / max(t - per_emitted * e, 0.1 * t))
+        emitted = self._moments[0, 2] / self._moments[0, 0]
+        cost, per_emitted = self._costs
+        return float(cost * emitted / max(1 - per_emitted * emitted, 0.1))
+
+    def _learn_costs(self) -> None:
+        """Regress step time on tokens fed and emitted, as far as both have varied.
+
+        Where they have not, costs go back to the prior: drafts that never paid are
+        tried again now and then, for the load may have changed.
+        """
+        count, *_, seconds = self._moments[0]
+        products = self._moments - np.outer(self._moments[0], self._moments[0]) / count
+        varied = products[1:3, 1:3] + _PRIOR_STEPS * np.eye(2)
+        explained = products[1:3, 3] * count / seconds + _PRIOR_STEPS * _PRIOR_COSTS
+        self._costs = np.maximum(np.linalg.solve(varied, explained), _MIN_COSTS)
 
     def _update(self) -> None:
         decay = 0.5 ** (_UPDATE_EVERY / _HALF_LIFE)
@@ -85,11 +89,15 @@ class DraftLengthPolicy:
         steps = steps[seconds < 2 * np.median(seconds)]  # others are pauses
         self._moments += steps.T @ steps
         self._steps.clear()
+        self._learn_costs()
         self.trials *= decay
         self.hits *= decay
-        accepted = self.hits.numpy() + _PRIOR_TRIALS * self._prior
         trials = self.trials.numpy() + _PRIOR_TRIALS
-        rate = accepted / trials
+        rate, before = self.hits.numpy() / trials, 1.0
+        for depth in range(rate.shape[1]):  # an unseen one is guessed from the last
+            guess = before * self._prior
+            rate[:, depth] += guess * _PRIOR_TRIALS / trials[:, depth]
+            before = rate[:, depth]
         # What was tried little may be better than it looked: one standard deviation.
         rate += np.sqrt(rate * (1 - rate) / trials)
         pays = np.minimum.accumulate(rate, axis=1) > self.threshold
