@@ -7,6 +7,7 @@ import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
+CPU_EXECUTOR = "vllm_lookahead.engine.cpu.executor.LookaheadExecutor"
 CPU_WORKER = "vllm_lookahead.engine.cpu.worker.LookaheadCPUWorker"
 GPU_WORKER = "vllm_lookahead.engine.gpu.worker.LookaheadGPUWorker"
 SCHEDULER = "vllm_lookahead.engine.scheduler.LookaheadScheduler"

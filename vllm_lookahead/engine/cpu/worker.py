@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker import cpu_worker
 
 from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
@@ -42,6 +43,13 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
+
+    def execute_and_sample(
+        self, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None
+    ) -> Any:
+        """What `LookaheadExecutor` asks for."""
+        output = self.execute_model(scheduler_output)
+        return self.sample_tokens(grammar_output) if output is None else output
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedule asynchronously on a CPU, where vLLM does not.
+"""Schedule asynchronously on a CPU, where vLLM does not, and call workers once a step.
 
 Why: the CPU platform turns async scheduling off for every configuration. A lookahead
 step waits for nothing from the scheduler, so the next one can be scheduled meanwhile.
-Remove: when the CPU platform leaves the choice to the model runner.
+Remove: when the CPU platform leaves the choice to the model runner, and the executor
+sends `execute_model` and `sample_tokens` together.
 """
 
 from collections.abc import Callable
@@ -22,12 +23,17 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if not asked_for(self):
             return config
 
-        from vllm_lookahead.engine.support import CPU_WORKER
+        from vllm_lookahead.engine.support import CPU_EXECUTOR, CPU_WORKER
 
-        if config.parallel_config.worker_cls == CPU_WORKER:
+        parallel = config.parallel_config
+        if parallel.worker_cls == CPU_WORKER:
             config.scheduler_config.async_scheduling = (
                 self.async_scheduling is not False
             )
+            # Images reach a worker by `execute_model` alone.
+            has_images = config.model_config.is_multimodal_model
+            if parallel.distributed_executor_backend == "mp" and not has_images:
+                parallel.distributed_executor_backend = CPU_EXECUTOR
         return config
 
     return create_engine_config
