@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.ops import LookaheadOps, TorchOps
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import NUM_ORIGINS
@@ -24,9 +25,10 @@ OPS: dict[str, LookaheadOps] = {"torch": TorchOps(), "numba": NumbaOps()}
 SIZES = [(0, 8, 8), (5, 4, 5), (15, 5, 15)]
 CONTEXTS = [200, 2000, 8000, 32000]
 BLOCK_SIZE = 128  # vLLM's on a CPU
+VOCAB = 5000
 
 
-def text(length: int, vocab: int = 5000) -> torch.Tensor:
+def text(length: int, vocab: int = VOCAB) -> torch.Tensor:
     """Tokens as frequent as words are: the n-th most common, one in n."""
     weight = 1 / torch.arange(1.0, vocab + 1)
     return torch.multinomial(weight, length, replacement=True).int()
@@ -71,7 +73,8 @@ def step_calls(
     pages, batch, chain_length = make_state(params, batch_size, context)
     n, g = params.ngram_size, params.verification_set_size
     slots = batch.slots(batch.position[:, None], BLOCK_SIZE)[:, 0] | 1
-    tree = ops.propose(pages, batch, chain_length)
+    bigrams = torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS)).int()
+    tree = ops.propose(pages, batch, chain_length, bigrams)
     sampled = torch.zeros_like(tree.tokens)
     for depth in range(n - 1):  # the first chain is right
         sampled[:, depth] = tree.tokens[:, depth + 1]
@@ -85,7 +88,7 @@ def step_calls(
         fill_mask = tree.ancestors
     return {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
-        "propose": lambda: ops.propose(pages, batch, chain_length),
+        "propose": lambda: ops.propose(pages, batch, chain_length, bigrams),
         "mask": fill_mask,
         "verify": lambda: ops.verify(tree, sampled, n),
         "observe": lambda: ops.observe(tree, verdict, trials, hits),

@@ -6,14 +6,17 @@ from collections.abc import Callable
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
+VOCAB = 5000
 
-def text(*shape: int, device: str, vocab: int = 5000) -> torch.Tensor:
+
+def text(*shape: int, device: str, vocab: int = VOCAB) -> torch.Tensor:
     """Tokens as frequent as words are: the n-th most common, one in n."""
     weight = 1 / torch.arange(1.0, vocab + 1, device=device)
     count = torch.Size(shape).numel()
@@ -69,7 +72,8 @@ def step_calls(
     ops = TritonOps(params, requests, device)
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
     longest = torch.full((NUM_ORIGINS, g), n - 1, dtype=torch.int32, device=device)
-    tree = ops.propose(pages, batch, longest)
+    bigrams = torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS), device=device).int()
+    tree = ops.propose(pages, batch, longest, bigrams)
     sampled = torch.zeros(requests, t, dtype=torch.int64, device=device)
     last = min(n - 1, t - 1)
     sampled[:, :last] = tree.tokens[:, 1 : last + 1]  # the first chain is right
@@ -81,7 +85,7 @@ def step_calls(
     input_ids = torch.empty(requests * t, dtype=torch.int32, device=device)
     calls: dict[str, Callable[[], object]] = {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
-        "propose": lambda: ops.propose(pages, batch, longest),
+        "propose": lambda: ops.propose(pages, batch, longest, bigrams),
         "mask": lambda: build_mask(
             tree, batch.position, starts, bits, positions, input_ids
         ),

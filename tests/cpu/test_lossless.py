@@ -10,6 +10,7 @@ from tests.harness.jobs import (
     ACCEPTED,
     DRAFTS,
     TIGHT,
+    bigrams_are_drafted,
     in_batches,
     prompts,
     request,
@@ -131,3 +132,7 @@ def test_max_model_len(engines: Engines) -> None:
     jobs.append([request(t, max_tokens=40) for t in texts])
     result = same_as_plain(engines, jobs, FULL, **TIGHT)
     assert [len(o["tokens"]) for o in result["outputs"][:4]] == [16, 12, 6, 1]
+
+
+def test_bigrams_of_the_model(engines: Engines) -> None:
+    bigrams_are_drafted(engines)

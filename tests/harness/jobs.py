@@ -77,3 +77,25 @@ def same_logprobs(plain: dict[str, Any], result: dict[str, Any]) -> None:
             assert [p for _, p in got] == pytest.approx(
                 [p for _, p in expected], abs=1e-4
             )
+
+
+def bigrams_are_drafted(engines: Engines) -> None:
+    """Where the pool is empty, what the model says after the root alone is drafted.
+
+    A prompt of one token t continues as a, b. The draft after a is what the prompt a
+    continues as: accepted if, and only if, that is b.
+    """
+    tokens = range(2, 97)
+    jobs = in_batches([request([t], max_tokens=3) for t in tokens], 4)
+    outputs = engines.run(jobs)["outputs"]
+    after = {t: o["tokens"] for t, o in zip(tokens, outputs, strict=True)}
+    new = {t: (a, b) for t, (a, b, _) in after.items() if a != t and a in after}
+    hits = [t for t, (a, b) in new.items() if after[a][0] == b][:6]
+    misses = [t for t, (a, b) in new.items() if after[a][0] != b][:6]
+    assert len(hits) > 2 and len(misses) > 2
+    wanted = [request([t], max_tokens=3) for t in hits]
+    wanted += [request([t], max_tokens=2) for t in misses]
+    sizes = {"window_size": 0, "ngram_size": 2, "verification_set_size": 1}
+    result = same_as_plain(engines, in_batches(wanted, 4), sizes)
+    assert result["metrics"][ACCEPTED] == len(hits)
+    assert result["metrics"][DRAFTS] == len(wanted)

@@ -11,6 +11,7 @@ from tests.harness.jobs import (
     DRAFTS,
     SMALL,
     TIGHT,
+    bigrams_are_drafted,
     in_batches,
     prompts,
     request,
@@ -195,3 +196,7 @@ def test_sizes(
     jobs = in_fours([request(p) for p in prompts(4, seed=20)])
     lookahead = dict(zip(names, sizes, strict=True))
     same_as_plain(engines, jobs, lookahead, model=[1, num_kv_heads])
+
+
+def test_bigrams_of_the_model(engines: Engines) -> None:
+    bigrams_are_drafted(engines)

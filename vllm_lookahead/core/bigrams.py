@@ -16,7 +16,9 @@ from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.pool import BIGRAM
 
 # Successors kept of a token: that many chains may start where the pool has none.
-# (0.8, 5M model, HumanEval: a chain of 7 gains 7%, a tree of 7 another 11%.)
+# Tokens per step of a 5M model at temperature 0.8, HumanEval, GSM8K and MT-Bench: the
+# pool's chain alone 1.45, 1.60, 1.46; one chain with bigrams 1.55, 1.79, 1.64; seven
+# nodes with four successors each 1.73, 2.00, 1.78.
 NUM_SUCCESSORS = 4
 
 

@@ -142,7 +142,7 @@ def _walk(
     alive = np.arange(num_requests)
     for level in range(max_emitted):
         picked = alive if subset else np.arange(num_requests)
-        rows = logits[torch.from_numpy(walk.logits_row[picked])]
+        rows = logits.index_select(0, torch.from_numpy(walk.logits_row[picked]))
         level_metadata = _at_level(metadata, alive, num_requests, subset)
         if subset:
             sampled, _ = runner.sampler.sample(rows.float(), level_metadata)

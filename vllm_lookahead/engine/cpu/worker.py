@@ -52,9 +52,8 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
         return self.sample_tokens(grammar_output) if output is None else output
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
         self.model_runner.ask_model()
-        return times
+        return super().compile_or_warm_up_model()
 
     def determine_available_memory(self) -> int:
         """K/V memory, less what the pages take."""

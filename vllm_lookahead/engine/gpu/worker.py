@@ -32,9 +32,8 @@ class LookaheadGPUWorker(BaseWorker):
             self.model_runner = self._make_model_runner()
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
         self.model_runner.ask_model()
-        return times
+        return super().compile_or_warm_up_model()
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
