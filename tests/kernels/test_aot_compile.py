@@ -14,6 +14,7 @@ KERNELS = {
     "_verify_kernel",
     "_observe_kernel",
     "_compact_kernel",
+    "_complete_kernel",
     "_update_kernel",
 }
 
