@@ -36,7 +36,7 @@ def model_bigrams(
         vocab_size: V.
         limit: most tokens to ask for. The first of a vocabulary built by merges are
             the most frequent ones.
-        chunk: tokens asked for at once.
+        chunk: most tokens asked for at once.
 
     Returns:
         [V, NUM_SUCCESSORS] int32, the likeliest first; EMPTY beyond `limit`.

@@ -13,6 +13,8 @@ from vllm_lookahead.cpu_kernels import mask as mask_lib
 from vllm_lookahead.cpu_kernels import propose as propose_lib
 from vllm_lookahead.cpu_kernels import update as update_lib
 from vllm_lookahead.cpu_kernels import verify as verify_lib
+from vllm_lookahead.cpu_kernels.layout import ROW, lay_out, size_trees
+from vllm_lookahead.cpu_kernels.walk import Walk
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -71,3 +73,10 @@ def warm_up(
     trials = torch.zeros(shape, dtype=torch.float64)
     ops.observe(tree, verdict, trials, trials.clone())
     ops.update(pages, batch, tree, tree.tokens, verdict)
+    own = params.window_size, params.ngram_size, params.verification_set_size
+    requests = np.array([(0, params.ngram_size, 1, *own)])
+    size_trees(requests, 0, block_size, block_size, False)
+    rows = requests[:, ROW]
+    flat = lay_out(tree, batch, rows, np.ones(1, np.int64), block_size)
+    walk = Walk.start(tree, rows, flat, params.ngram_size)
+    walk.advance(np.zeros((1, params.ngram_size), np.int32), 0)

@@ -2,11 +2,13 @@
 """Ask a model in vLLM for its bigrams, once, before it serves."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_world_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -14,6 +16,12 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
 
 logger = init_logger("vllm.lookahead")
+
+# What a server may spend before it starts. The 128k tokens of a 7B model are 2e15
+# floating-point operations: all of them on a GPU, the first ones on a CPU.
+_MAX_SECONDS = 15.0
+# Tokens at once: their logits must fit beside the K/V cache.
+_ROWS = 128
 
 
 @dataclass
@@ -56,7 +64,7 @@ class LoneTokens:
 
 @torch.inference_mode()
 def ask_model(
-    model: Any, vllm_config: VllmConfig, device: torch.device, max_flops: float
+    model: Any, vllm_config: VllmConfig, device: torch.device
 ) -> torch.Tensor | None:
     """The table that `core.bigrams.complete` takes.
 
@@ -64,23 +72,31 @@ def ask_model(
         model: loaded, its attention layers taught to read `LoneTokens`.
         vllm_config: the runner's.
         device: of the model.
-        max_flops: floating-point operations to spend; the first tokens of the
-            vocabulary come first.
 
     Returns:
-        [V, NUM_SUCCESSORS] int32; None for a model that takes no token ids.
+        [V, NUM_SUCCESSORS] int32, the same on every rank; None for a model that needs
+        more than token ids and positions.
     """
-    if vllm_config.model_config.is_multimodal_model:
+    config = vllm_config.model_config
+    needs_more = (
+        config.is_multimodal_model
+        or vllm_config.lora_config is not None
+        or vllm_config.parallel_config.enable_eplb
+    )
+    if needs_more:
         return None
     start = time.perf_counter()
-    prefix = _prefix(vllm_config.model_config).to(device)
+    prefix = _prefix(config).to(device)
     metadata: Any = LoneTokens(follows_bos=len(prefix) > 0)
+    rows = min(_ROWS, vllm_config.scheduler_config.max_num_batched_tokens)
+    chunk = rows - len(prefix)
 
     def likeliest(tokens: torch.Tensor) -> torch.Tensor:
-        ids = torch.cat([prefix, tokens])
+        padding = tokens.new_zeros(chunk - len(tokens))
+        ids = torch.cat([prefix, tokens, padding])
         positions = torch.full_like(ids, len(prefix))
         positions[: len(prefix)] = 0
-        with set_forward_context(metadata, vllm_config, num_tokens=len(ids)):
+        with set_forward_context(metadata, vllm_config, num_tokens=rows):
             hidden = model(
                 input_ids=ids.int(),  # as the runners', for which it was compiled
                 positions=positions,
@@ -88,27 +104,46 @@ def ask_model(
                 inputs_embeds=None,
             )
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        logits = model.compute_logits(hidden[len(prefix) :])
+        logits = model.compute_logits(hidden[len(prefix) :][: len(tokens)])
         return logits.topk(NUM_SUCCESSORS).indices
 
-    vocab_size = vllm_config.model_config.get_vocab_size()
-    per_token = 2 * sum(weight.numel() for weight in model.parameters())
-    limit = min(vocab_size, int(max_flops / per_token))
-    chunk = min(512, vllm_config.scheduler_config.max_num_batched_tokens - 1)
+    vocab_size = config.get_vocab_size()
+    limit = _affordable(likeliest, min(chunk, vocab_size), device)
     table = model_bigrams(likeliest, vocab_size, limit, chunk, device)
     logger.info(
-        "Asked the model for what follows %d of its %d tokens in %.1f s.",
-        limit,
+        "Asked the model what follows each of %d tokens, of %d, in %.1f s.",
+        min(limit, vocab_size),
         vocab_size,
         time.perf_counter() - start,
     )
     return table
 
 
+def _affordable(
+    likeliest: Callable[[torch.Tensor], torch.Tensor], chunk: int, device: torch.device
+) -> int:
+    """How many tokens take _MAX_SECONDS, by the slowest rank's clock."""
+    tokens = torch.arange(chunk, device=device)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        likeliest(tokens).cpu()
+        seconds = time.perf_counter() - start
+    limit = torch.tensor(max(1, int(_MAX_SECONDS / seconds)) * chunk)
+    group = get_world_group()
+    if group.world_size > 1:
+        torch.distributed.all_reduce(
+            limit, torch.distributed.ReduceOp.MIN, group.cpu_group
+        )
+    return int(limit)
+
+
 def _prefix(model_config: ModelConfig) -> torch.Tensor:
     """The token, if any, that this model's prompts begin with."""
     ids: list[int] = []
     if not model_config.skip_tokenizer_init:
-        tokenizer = cached_tokenizer_from_config(model_config)
-        ids = [t for t in tokenizer.encode("")[:1] if t == tokenizer.bos_token_id]
+        try:
+            tokenizer = cached_tokenizer_from_config(model_config)
+            ids = [t for t in tokenizer.encode("")[:1] if t == tokenizer.bos_token_id]
+        except Exception as error:  # a tokenizer of the model's own; nothing is lost
+            logger.warning("Bigrams are taken without a first token: %s", error)
     return torch.tensor(ids, dtype=torch.int64)

@@ -2,8 +2,8 @@
 """vLLM's multiprocess executor, with one call per step where it makes two.
 
 A call costs the worker 0.1 to 0.2 ms: it is dequeued, and answered by a thread that
-holds the interpreter meanwhile. Nothing happens between `execute_model` and
-`sample_tokens` unless a grammar waits for the tokens of the step before.
+holds the interpreter meanwhile. Between `execute_model` and `sample_tokens` nothing
+happens but the work of a grammar; a step that has one is executed as vLLM does.
 """
 
 from concurrent.futures import Future
@@ -23,7 +23,7 @@ class LookaheadExecutor(MultiprocExecutor):
         samples_next = (
             non_block
             and scheduler_output.total_num_scheduled_tokens > 0
-            and not scheduler_output.pending_structured_output_tokens
+            and not scheduler_output.has_structured_output_requests
         )
         if not samples_next:
             return super().execute_model(scheduler_output, non_block)
@@ -44,4 +44,6 @@ class LookaheadExecutor(MultiprocExecutor):
             unique_reply_rank=self.output_rank,
             non_block=non_block,
             timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            kv_output_aggregator=self.kv_output_aggregator,
+            ec_output_aggregator=self.ec_output_aggregator,
         )

@@ -34,9 +34,6 @@ from vllm_lookahead.params import LookaheadParams, request_params
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 
-# What a thread may spend on bigrams before the server starts: 5 to 20 s.
-MAX_BIGRAM_FLOPS = 5e11
-
 
 class LookaheadCPUModelRunner(CPUModelRunner):
     """CPUModelRunner that feeds draft trees.
@@ -106,8 +103,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def ask_model(self) -> None:
         if self.params.verification_set_size:
-            flops = MAX_BIGRAM_FLOPS * torch.get_num_threads()
-            self.bigrams = ask_model(self.model, self.vllm_config, self.device, flops)
+            self.bigrams = ask_model(self.model, self.vllm_config, self.device)
 
     def needs_plain_rows(self) -> bool:
         """Whether the batch cannot be sampled along trees: one row per request."""

@@ -48,9 +48,6 @@ logger = init_logger("vllm.lookahead")
 # Tokens that the trees of a step share; more requests, smaller trees. A 7B model in
 # bf16 is memory-bound on an H200 up to about 180 tokens.
 MAX_TREE_TOKENS = 256
-# What a server may spend on bigrams before it starts: a 7B model's 128k tokens cost
-# 2e15, some 4 s on an H100.
-MAX_BIGRAM_FLOPS = 1e16
 
 
 class LookaheadModelRunner(BaseModelRunner):
@@ -137,9 +134,7 @@ class LookaheadModelRunner(BaseModelRunner):
 
     def ask_model(self) -> None:
         if self.lookahead.verification_set_size:
-            self.bigrams = ask_model(
-                self.model, self.vllm_config, self.device, MAX_BIGRAM_FLOPS
-            )
+            self.bigrams = ask_model(self.model, self.vllm_config, self.device)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
