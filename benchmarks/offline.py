@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import prompts as prompt_sets  # type: ignore[import-not-found]
+import torch
 from engine_process import EngineProcess  # type: ignore[import-not-found]
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}
@@ -32,7 +33,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "ngram": {**NGRAM, "prompt_lookup_min": 2},
     "ngram_gpu": {**NGRAM, "method": "ngram_gpu", "prompt_lookup_min": 2},
     "ngram-default": {"method": "ngram", "num_speculative_tokens": 5},
-    "suffix": {"method": "suffix"},
+    # Turns repeat their prompts: a cache of past responses would replay them.
+    "suffix": {"method": "suffix", "suffix_decoding_max_cached_requests": 0},
+    "suffix-cached": {"method": "suffix"},
     "lookahead": {"method": "lookahead"},
     "lookahead-off": {"method": "lookahead"},  # by each request
 }
@@ -126,9 +129,9 @@ def start(
     not_run: dict[str, str] = {}
     configs = {m: speculative_config(m) for m in args.methods.split(",")}
     for method, config in configs.items():
-        if method == "suffix" and not importlib.util.find_spec("arctic_inference"):
+        if method.startswith("suffix") and not importlib.util.find_spec("arctic_inference"):
             not_run[method] = "its package arctic-inference is not installed"
-            print(f"suffix: skipped, {not_run[method]}")
+            print(f"{method}: skipped, {not_run[method]}")
             continue
         options: dict[str, Any] = {
             "model": args.model,
@@ -144,6 +147,8 @@ def start(
             options["gpu_memory_utilization"] = args.gpu_memory_utilization
         if config is not None:
             options["speculative_config"] = config
+            if config["method"] != "lookahead" and not torch.cuda.is_available():
+                options["worker_extension_cls"] = "mended_baselines.WorkerExtension"
         print(f"starting {method}", flush=True)
         log = folder / f"{method.replace('/', '-').replace(':', '-')}.log"
         try:
