@@ -129,7 +129,8 @@ def start(
     not_run: dict[str, str] = {}
     configs = {m: speculative_config(m) for m in args.methods.split(",")}
     for method, config in configs.items():
-        if method.startswith("suffix") and not importlib.util.find_spec("arctic_inference"):
+        is_suffix = config is not None and config["method"] == "suffix"
+        if is_suffix and not importlib.util.find_spec("arctic_inference"):
             not_run[method] = "its package arctic-inference is not installed"
             print(f"{method}: skipped, {not_run[method]}")
             continue
