@@ -74,7 +74,7 @@ def _lay_out_kernel(
     num_nodes,  # [b] int32
     window_size,  # [b] int32
     position,  # [b] int32
-    rows,  # [b] int64, i of each tree
+    rows,  # [b] int64, i of each tree, ascending
     max_position,
     start,  # [i + 1] in: tokens of each request at i + 1; out, as the rest
     logits_start,
@@ -86,18 +86,14 @@ def _lay_out_kernel(
     is_chain,
 ):
     """Returns how many logits rows and nodes there are."""
-    for b in range(rows.shape[0]):
-        start[rows[b] + 1] = num_nodes[b]
-    num_logits, num_fed, b = 0, 0, 0
+    num_logits, num_fed, b = 0, 0, -1
     start[0] = logits_start[0] = 0
     is_final[:] = True
     for i in range(start.shape[0] - 1):
-        start[i + 1] += start[i]
-        b = -1
-        for other in range(rows.shape[0]):
-            if rows[other] == i:
-                b = other
-        if b < 0:
+        has_tree = b + 1 < rows.shape[0] and rows[b + 1] == i
+        b += has_tree
+        start[i + 1] = start[i] + (num_nodes[b] if has_tree else start[i + 1])
+        if not has_tree:
             logits_indices[num_logits] = start[i + 1] - 1
             num_logits += 1
             logits_start[i + 1] = num_logits
@@ -138,7 +134,7 @@ def lay_out(
 
     Args:
         tree, batch: of the trees.
-        rows: [b] int64, i of each.
+        rows: [b] int64, i of each, ascending.
         num_tokens: [i] int64 scheduled; those of a request with a tree are not read.
         max_model_len: bound of a position.
     """
