@@ -52,6 +52,11 @@ class LookaheadParams:
             )
 
     @property
+    def can_branch(self) -> bool:
+        """Whether a draft tree may be more than one chain."""
+        return self.window_size > 0 or self.verification_set_size > 1
+
+    @property
     def max_candidate_nodes(self) -> int:
         return self.verification_set_size * (self.ngram_size - 1)
 

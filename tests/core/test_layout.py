@@ -74,22 +74,28 @@ def test_a_walk_level_by_level_is_the_walk(name, seed):
     state, tree, rows, num_tokens, flat = laid_out(name, seed)
     sampled = random_samples(tree, SHAPES[name].vocab, seed)
     verdict = TorchOps.verify(tree, sampled, state.n)
-    walk = Walk.start(tree, rows, flat, state.n)
+    walk = Walk(tree, rows, flat, state.n)
     expected_row = flat.logits_start[1:] - 1
     expected_row[rows] = flat.logits_start[rows]
-    drawn = np.full((len(num_tokens), state.n), EMPTY, np.int32)
-    alive = rows
+    node_of = dict(zip(rows.tolist(), range(len(rows)), strict=True))
+    assert walk.alive.tolist() == list(range(len(num_tokens)))
     for level in range(state.n):
-        for b, i in enumerate(rows):
-            if i in alive:
+        drawn = np.full(len(walk.alive), 7)  # of the requests without a tree
+        for k, i in enumerate(walk.alive.tolist()):
+            if i in node_of:
+                b = node_of[i]
                 node = verdict.path[b, level]
-                drawn[i, level] = sampled[b, node]
+                drawn[k] = sampled[b, node]
                 expected_row[i] = flat.logits_node[b, node]
         assert np.array_equal(walk.logits_row, expected_row)
-        alive = walk.advance(drawn, level)
+        walk.advance(drawn)
         goes_on = verdict.num_emitted.numpy() > level + 1
-        assert alive.tolist() == rows[goes_on].tolist()
-    assert torch.equal(torch.from_numpy(walk.path), verdict.path.int())
+        assert walk.alive.tolist() == rows[goes_on].tolist()
+        assert walk.level == level + 1
+    without = np.setdiff1d(np.arange(len(num_tokens)), rows)
+    assert (walk.tokens[without] == [7] + [EMPTY] * (state.n - 1)).all()
+    for name in ("tokens", "path", "num_emitted"):
+        assert torch.equal(getattr(walk.verdict(), name), getattr(verdict, name).int())
 
 
 @pytest.mark.parametrize(

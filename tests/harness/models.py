@@ -6,7 +6,9 @@ from pathlib import Path
 VOCAB_SIZE = 128
 
 
-def make_model(path: Path, seed: int, num_kv_heads: int, std: float = 0.08) -> Path:
+def make_model(
+    path: Path, seed: int, num_kv_heads: int, std: float = 0.08, head_size: int = 32
+) -> Path:
     """A Llama of two layers, with a tokenizer of one token per character."""
     import torch
     from tokenizers import Regex, Tokenizer
@@ -23,7 +25,7 @@ def make_model(path: Path, seed: int, num_kv_heads: int, std: float = 0.08) -> P
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=num_kv_heads,
-        head_dim=32,
+        head_dim=head_size,
         max_position_embeddings=512,
         initializer_range=std,
         tie_word_embeddings=False,

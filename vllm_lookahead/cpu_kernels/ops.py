@@ -78,5 +78,4 @@ def warm_up(
     size_trees(requests, 0, block_size, block_size, False)
     rows = requests[:, ROW]
     flat = lay_out(tree, batch, rows, np.ones(1, np.int64), block_size)
-    walk = Walk.start(tree, rows, flat, params.ngram_size)
-    walk.advance(np.zeros((1, params.ngram_size), np.int32), 0)
+    Walk(tree, rows, flat, params.ngram_size).advance(np.zeros(1, np.int64))

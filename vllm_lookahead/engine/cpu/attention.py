@@ -2,11 +2,13 @@
 """CPU attention that knows draft trees.
 
 vLLM's C++ kernel serves every row: prompts, plain decodes, and trees that are one
-chain, for which causal order is tree order. Trees that branch are attended again
-here, over the same paged cache, with the ancestor mask.
+chain, for which causal order is tree order. Where no tree can be anything else, that
+is all. Trees that branch are attended again here, over the same paged cache, with
+the ancestor mask.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
@@ -42,11 +44,11 @@ class TreeRows:
 
 
 @dataclass
-class LookaheadAttentionMetadata(CPUAttentionMetadata):
+class TreeAttentionMetadata(CPUAttentionMetadata):
     trees: list[TreeRows] = field(default_factory=list)
 
 
-class LookaheadAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     isa: str
 
     def build(
@@ -54,9 +56,9 @@ class LookaheadAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> LookaheadAttentionMetadata:
+    ) -> TreeAttentionMetadata:
         plain = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return LookaheadAttentionMetadata(**vars(plain))
+        return TreeAttentionMetadata(**vars(plain))
 
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
         # AMX packs K in tiles of its own; trees read the plain packing.
@@ -64,14 +66,17 @@ class LookaheadAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = REQUIRED_ISA
         if self.isa != REQUIRED_ISA:
             raise ValueError(
-                f"lookahead on a CPU cannot read the K/V packing {self.isa!r} "
+                f"drafts that branch cannot read a CPU's K/V packing {self.isa!r} "
                 f"(block_size={self.block_size}, head_size={self.head_dim}): use a "
-                "block_size that is a multiple of 32 and a model whose head size is"
+                "block_size that is a multiple of 32 and a model whose head size is, "
+                "or window_size=0 with verification_set_size=1"
             )
         super()._set_isa_to_layers(layer_names)
 
 
-class LookaheadAttentionImpl(CPUAttentionBackendImpl):
+class ChainAttentionImpl(CPUAttentionBackendImpl):
+    """vLLM's, but for the question that `engine.bigrams` asks."""
+
     def forward(
         self,
         layer: AttentionLayer,
@@ -79,25 +84,33 @@ class LookaheadAttentionImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: LookaheadAttentionMetadata | LoneTokens | None,
+        attn_metadata: CPUAttentionMetadata | LoneTokens | None,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        **scales: Any,
     ) -> torch.Tensor:
         if isinstance(attn_metadata, LoneTokens):
             return attn_metadata.attend(query, key, value, output, self.scale)
-        super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, **scales
         )
-        if attn_metadata is not None and attn_metadata.trees:
+
+
+class TreeAttentionImpl(ChainAttentionImpl):
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TreeAttentionMetadata | LoneTokens | None,
+        output: torch.Tensor,
+        **scales: Any,
+    ) -> torch.Tensor:
+        super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, **scales
+        )
+        if isinstance(attn_metadata, TreeAttentionMetadata) and attn_metadata.trees:
             keys, values = kv_views(kv_cache)
             out = output.view(query.shape)
             for tree in attn_metadata.trees:
@@ -107,14 +120,22 @@ class LookaheadAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
-class LookaheadAttentionBackend(CPUAttentionBackend):
+class ChainAttentionBackend(CPUAttentionBackend):
+    """Where every tree is a chain: any packing of K/V will do."""
+
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        return LookaheadAttentionImpl
+        return ChainAttentionImpl
+
+
+class TreeAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return TreeAttentionImpl
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return LookaheadAttentionMetadataBuilder
+        return TreeAttentionMetadataBuilder
 
 
 def kv_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,15 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_lookahead.engine.cpu.notify import notify_only_idle_readers
+
 
 class LookaheadExecutor(MultiprocExecutor):
     _to_execute: SchedulerOutput | None = None
+
+    def _init_executor(self) -> None:
+        notify_only_idle_readers()
+        super()._init_executor()
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False

@@ -43,6 +43,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
         bigrams: [V, R] int32, see `core.bigrams`; None before the model was asked.
+        slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
     """
 
@@ -59,6 +60,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.ops = NumbaOps()
         self.pages: BlockPages
         self.bigrams: torch.Tensor | None = None
+        self.slot_views: list[torch.Tensor] = []
         self.step: TreeStep | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
         self.request_params: dict[str, LookaheadParams] = {}
@@ -87,7 +89,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.pages = BlockPages.allocate(
             kv_cache_config.num_blocks, block_size, self.params
         )
-        self.slot_views = [v for cache in self.kv_caches for v in slot_views(cache)]
+        if self.params.can_branch:
+            self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]
         warm_up(self.params, block_size, self.slot_views)
         logger.info(
             "Lookahead is on: window_size=%d, ngram_size=%d, "
@@ -186,7 +189,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        if self.step is not None:
+        if self.step is not None and self.params.can_branch:
             trees = self.step.tree_rows(self)
             for layer in metadata.values():
                 layer.trees = trees
@@ -204,7 +207,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             return super()._sample(logits, spec_decode_metadata)
         output, sampled, verdict = sample_along_trees(self, self.step, logits)
         batch, tree = self.step.batch, self.step.tree
-        self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
+        if self.slot_views:
+            self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
         self.ops.update(self.pages, batch, tree, sampled, verdict)
         self.ops.observe(tree, verdict, self.policy.trials, self.policy.hits)
         self.step.num_emitted = int(verdict.num_emitted.sum())

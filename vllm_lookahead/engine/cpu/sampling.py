@@ -56,27 +56,26 @@ def sample_along_trees(
         tokens[step.rows] = verdict.tokens.long()
         return SamplerOutput(tokens.int(), None), sampled, verdict
 
-    tokens, path, levels, logprobs = _walk(runner, step, logits, metadata)
-    emitted = tokens[step.rows]
-    verdict = Verdict(
-        torch.from_numpy(emitted),
-        torch.from_numpy(path),
-        torch.from_numpy((emitted != EMPTY).sum(1, dtype=np.int32)),
-    )
-    # The window is refilled with the model's likeliest tokens.
-    sampled = torch.zeros(step.tree.tokens.shape, dtype=torch.int64)
+    walk = Walk(step.tree, step.rows, step.flat, runner.params.ngram_size)
+    logprobs = _draw_along(walk, runner, step, logits, metadata)
+    # The window is refilled with the model's likeliest tokens; nothing else reads.
+    sampled = step.tree.tokens
     if runner.params.window_size:
         sampled = _by_node(logits.argmax(-1), step)
-    output = SamplerOutput(torch.from_numpy(tokens[:, :levels]), logprobs)
-    return output, sampled, verdict
+    tokens = torch.from_numpy(walk.tokens[:, : walk.level])
+    return SamplerOutput(tokens, logprobs), sampled, walk.verdict()
 
 
 def takes_argmax(metadata: SamplingMetadata) -> bool:
     """Whether every token of the batch is the argmax of the raw logits."""
+    return metadata.all_greedy and _takes_raw_logits(metadata)
+
+
+def _takes_raw_logits(metadata: SamplingMetadata) -> bool:
+    """Whether nothing moves the argmax of a row, or asks for its logprobs."""
     holder = metadata.thinking_budget_state_holder
     return (
-        metadata.all_greedy
-        and metadata.no_penalties
+        metadata.no_penalties
         and metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
@@ -105,10 +104,8 @@ def _has_active(processors: list[LogitsProcessor]) -> bool:
 
 def _rows_are_independent(metadata: SamplingMetadata) -> bool:
     """Whether a row needs only its own temperature, top-k, top-p and generator."""
-    greedy = replace(metadata, all_greedy=True)
-    return takes_argmax(greedy) and not _has_active(
-        metadata.logitsprocs.argmax_invariant
-    )
+    processors = metadata.logitsprocs
+    return _takes_raw_logits(metadata) and not _has_active(processors.argmax_invariant)
 
 
 def _by_node(by_row: torch.Tensor, step: "TreeStep") -> torch.Tensor:
@@ -116,73 +113,65 @@ def _by_node(by_row: torch.Tensor, step: "TreeStep") -> torch.Tensor:
     return by_row[torch.from_numpy(step.flat.logits_node).clamp(min=0)]
 
 
-def _walk(
+def _draw_along(
+    walk: Walk,
     runner: "LookaheadCPUModelRunner",
     step: "TreeStep",
     logits: torch.Tensor,
     metadata: SamplingMetadata,
-) -> tuple[np.ndarray, np.ndarray, int, LogprobsTensors | None]:
+) -> LogprobsTensors | None:
     """Call the sampler level by level, on the requests still walking.
 
     Where rows are independent nothing but `Sampler.sample` would touch them.
 
     Returns:
-        tokens: [num_requests, N] int32, EMPTY beyond the emitted ones.
-        path: [b, N] int32, node each token of a tree was sampled at.
-        levels: columns of `tokens` in use.
-        logprobs: of [num_requests * levels] rows, if asked for.
+        of [num_requests * levels] rows, if asked for.
     """
-    max_emitted, num_requests = runner.params.ngram_size, step.num_requests
-    subset = _rows_are_independent(metadata)
+    num_requests = step.num_requests
+    if _rows_are_independent(metadata):
+        while len(walk.alive):
+            row = torch.from_numpy(walk.logits_row[walk.alive])
+            drawn, _ = runner.sampler.sample(
+                logits.index_select(0, row).float(),
+                _at_level(metadata, walk.alive, num_requests),
+            )
+            walk.advance(drawn.long().numpy())
+        return None
+
     history = runner.input_batch.req_output_token_ids
-
-    tokens = np.full((num_requests, max_emitted), EMPTY, dtype=np.int32)
-    walk = Walk.start(step.tree, step.rows, step.flat, max_emitted)
     logprobs: list[LogprobsTensors] = []
-    alive = np.arange(num_requests)
-    for level in range(max_emitted):
-        picked = alive if subset else np.arange(num_requests)
-        rows = logits.index_select(0, torch.from_numpy(walk.logits_row[picked]))
-        level_metadata = _at_level(metadata, alive, num_requests, subset)
-        if subset:
-            sampled, _ = runner.sampler.sample(rows.float(), level_metadata)
-            tokens[alive, level] = sampled.numpy()
-        else:
-            output = runner.sampler(rows, level_metadata)
-            tokens[alive, level] = output.sampled_token_ids[:, 0].numpy()[alive]
-            if output.logprobs_tensors is not None:
-                logprobs.append(output.logprobs_tensors)
-
-        alive = walk.advance(tokens, level)
-        if not len(alive):
-            break
-        if not subset:
-            for i in alive:
-                history[i].append(int(tokens[i, level]))
+    while len(walk.alive):
+        # Every row, for processors are keyed by row; but only the walking requests
+        # draw from their generators.
+        walking = set(walk.alive.tolist())
+        generators = {i: g for i, g in metadata.generators.items() if i in walking}
+        output = runner.sampler(
+            logits.index_select(0, torch.from_numpy(walk.logits_row)),
+            replace(metadata, generators=generators),
+        )
+        if output.logprobs_tensors is not None:
+            logprobs.append(output.logprobs_tensors)
+        drawn = output.sampled_token_ids[:, 0].long().numpy()[walk.alive]
+        walk.advance(drawn)
+        for i in walk.alive:
+            history[i].append(int(walk.tokens[i, walk.level - 1]))
+        if len(walk.alive):
             for processor in metadata.logitsprocs.all:
                 processor.update_state(None)
-    if not subset:
-        # vLLM appends what was emitted itself.
-        for i in step.rows:
-            extra = int((tokens[i] != EMPTY).sum()) - 1
-            if extra:
-                del history[i][-extra:]
-    return tokens, walk.path, level + 1, _stack(logprobs)
+    # vLLM appends what was emitted itself.
+    for i in step.rows:
+        extra = int((walk.tokens[i] != EMPTY).sum()) - 1
+        if extra:
+            del history[i][-extra:]
+    return _stack(logprobs)
 
 
 def _at_level(
-    metadata: SamplingMetadata, alive: np.ndarray, num_requests: int, subset: bool
+    metadata: SamplingMetadata, alive: np.ndarray, num_requests: int
 ) -> SamplingMetadata:
-    """Sampling metadata of the requests still walking.
-
-    Their rows alone where rows are independent; else every row, for processors
-    are keyed by row, but only the walking requests draw from their generators.
-    """
+    """Sampling metadata of the requests still walking."""
     if len(alive) == num_requests:
         return metadata
-    if not subset:
-        generators = {i: g for i, g in metadata.generators.items() if i in set(alive)}
-        return replace(metadata, generators=generators)
 
     def rows(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[torch.from_numpy(alive)]

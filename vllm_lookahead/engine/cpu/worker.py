@@ -10,18 +10,21 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker import cpu_worker
 
+from vllm_lookahead.engine.cpu.notify import notify_only_idle_readers
 from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
 
 
 class LookaheadCPUWorker(cpu_worker.CPUWorker):
     def init_device(self) -> None:
+        notify_only_idle_readers()
         # This process serves lookahead only, so both are swapped for good. The
         # platform always answers CPU_ATTN and the worker takes the module's global.
+        lookahead = self.vllm_config.speculative_config
+        kind = "Tree" if lookahead.params.can_branch else "Chain"
         register_backend(
             AttentionBackendEnum.CPU_ATTN,
-            "vllm_lookahead.engine.cpu.attention.LookaheadAttentionBackend",
+            f"vllm_lookahead.engine.cpu.attention.{kind}AttentionBackend",
         )
-        lookahead = self.vllm_config.speculative_config
 
         def make_runner(
             vllm_config: VllmConfig, device: torch.device
@@ -43,6 +46,9 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
+        # Outputs are no copies in flight from a device: nothing to wait for in a
+        # thread, which would take the interpreter from the next step.
+        self.vllm_config.scheduler_config.async_scheduling = False
 
     def execute_and_sample(
         self, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None
