@@ -260,11 +260,10 @@ def environment() -> dict[str, str]:
         text=True,
         cwd=Path(__file__).parent,
     ).stdout.strip()
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
     return {
         "commit": commit,
-        "command": " ".join(
-            ["python", "benchmarks/offline.py", *map(_without_folder, sys.argv[1:])]
-        ),
+        "command": " ".join(["python", script, *map(_without_folder, sys.argv[1:])]),
         "python": platform.python_version(),
         "processor": _processor(),
     }

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Milliseconds of host work that lookahead adds to a step, in a real engine on a CPU.
+
+    python benchmarks/host_work.py --model demo/model --output host_work.json
+
+Host work is all that the model runner does but the forward pass and the logits:
+input preparation, drafting, sampling, bookkeeping. One engine serves the same
+requests with lookahead and without, in turn; what differs is lookahead's. Contexts
+beyond those the model was trained for are of no matter here: its text is not read.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offline import environment  # type: ignore[import-not-found]
+
+BATCH_SIZES = [1, 16]
+CONTEXTS = [200, 2000, 8000]
+
+
+class WorkerExtension:
+    """Times the steps of a worker that only decode."""
+
+    model_runner: Any
+
+    def time_steps(self) -> None:
+        runner = self.model_runner
+        self.in_model = self.in_step = 0.0
+        self.host_work: list[float] = []
+        self.is_timed(runner, "_model_forward", "in_model")
+        self.is_timed(runner.model, "compute_logits", "in_model")
+        self.is_timed(runner, "execute_model", "in_step")
+        self.is_timed(runner, "sample_tokens", "in_step", self.end_step)
+        original = runner.execute_model
+
+        def execute_model(scheduler_output: Any, *args: Any) -> Any:
+            self.in_model = self.in_step = 0.0
+            self.only_decodes = not scheduler_output.scheduled_new_reqs
+            return original(scheduler_output, *args)
+
+        runner.execute_model = execute_model
+
+    def is_timed(
+        self, owner: Any, name: str, clock: str, then: Callable[[], None] | None = None
+    ) -> None:
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = original(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            setattr(self, clock, getattr(self, clock) + seconds)
+            if then is not None:
+                then()
+            return result
+
+        setattr(owner, name, timed)
+
+    def end_step(self) -> None:
+        if self.only_decodes:
+            self.host_work.append(self.in_step - self.in_model)
+
+    def take_host_work(self) -> list[float]:
+        taken, self.host_work = self.host_work, []
+        return taken
+
+
+def measure(llm: Any, batch_size: int, context: int, args: Any) -> dict[str, float]:
+    """Median milliseconds per step with lookahead on and off."""
+    from vllm import SamplingParams
+
+    text = llm.get_tokenizer().encode(Path(__file__).read_text())
+    prompts = [
+        {"prompt_token_ids": [text[(7 * i + j) % len(text)] for j in range(context)]}
+        for i in range(batch_size)
+    ]
+    steps: dict[str, list[float]] = {"off": [], "on": []}
+    for turn in range(1 + args.repeats):
+        for name in steps:
+            sampling = [
+                SamplingParams(
+                    temperature=args.temperature,
+                    seed=i,
+                    max_tokens=args.max_tokens,
+                    ignore_eos=True,
+                    extra_args={"lookahead": int(name == "on")},
+                )
+                for i in range(batch_size)
+            ]
+            llm.generate(prompts, sampling, use_tqdm=False)
+            taken = llm.collective_rpc("take_host_work")[0]
+            # The first turn fills caches; a batch that drains is a smaller one.
+            steps[name] += taken[: len(taken) * 3 // 4] if turn else []
+    return {name: 1000 * statistics.median(times) for name, times in steps.items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", default="demo/model")
+    add("--temperature", type=float, default=0.8)
+    add("--max-tokens", type=int, default=100)
+    add("--repeats", type=int, default=3)
+    add("--output", type=Path, help="raw JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    from vllm import LLM
+
+    longest = max(CONTEXTS) + args.max_tokens
+    llm = LLM(
+        args.model,
+        speculative_config={"method": "lookahead"},
+        worker_extension_cls="host_work.WorkerExtension",
+        hf_overrides={"max_position_embeddings": longest},
+        max_model_len=longest,
+        max_num_seqs=max(BATCH_SIZES),
+        kv_cache_memory_bytes=1 << 30,
+        enable_prefix_caching=True,
+    )
+    llm.collective_rpc("time_steps")
+    print(f"{'batch':>5} {'context':>8} {'off, ms':>8} {'on, ms':>8} {'added, ms':>10}")
+    cells = []
+    for batch_size in BATCH_SIZES:
+        for context in CONTEXTS:
+            ms = measure(llm, batch_size, context, args)
+            cell = {"batch": batch_size, "context": context, **ms}
+            cell["added"] = cell["on"] - cell["off"]
+            cells.append(cell)
+            print(
+                f"{batch_size:5} {context:8} {ms['off']:8.3f} {ms['on']:8.3f} "
+                f"{cell['added']:10.3f}",
+                flush=True,
+            )
+    if args.output:
+        raw = {"about": environment(), "milliseconds": cells}
+        args.output.write_text(json.dumps(raw, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
