@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +31,37 @@ class WorkerExtension:
         runner = self.model_runner
         self.in_model = self.in_step = 0.0
         self.host_work: list[float] = []
-        self.is_timed(runner, "_model_forward", "in_model")
-        self.is_timed(runner.model, "compute_logits", "in_model")
-        self.is_timed(runner, "execute_model", "in_step")
-        self.is_timed(runner, "sample_tokens", "in_step", self.end_step)
-        original = runner.execute_model
+        self.add_to("in_model", runner, "_model_forward")
+        self.add_to("in_model", runner.model, "compute_logits")
+        self.add_to("in_step", runner, "execute_model")
+        self.add_to("in_step", runner, "sample_tokens")
+        execute_model, sample_tokens = runner.execute_model, runner.sample_tokens
 
-        def execute_model(scheduler_output: Any, *args: Any) -> Any:
+        def start_step(scheduler_output: Any, *args: Any) -> Any:
             self.in_model = self.in_step = 0.0
             self.only_decodes = not scheduler_output.scheduled_new_reqs
-            return original(scheduler_output, *args)
+            return execute_model(scheduler_output, *args)
 
-        runner.execute_model = execute_model
+        def end_step(*args: Any) -> Any:
+            result = sample_tokens(*args)
+            if self.only_decodes:
+                self.host_work.append(self.in_step - self.in_model)
+            return result
 
-    def is_timed(
-        self, owner: Any, name: str, clock: str, then: Callable[[], None] | None = None
-    ) -> None:
-        original = getattr(owner, name)
+        runner.execute_model, runner.sample_tokens = start_step, end_step
+
+    def add_to(self, clock: str, owner: Any, name: str) -> None:
+        """Let a clock run while a method does."""
+        method = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            result = original(*args, **kwargs)
+            result = method(*args, **kwargs)
             seconds = time.perf_counter() - start
             setattr(self, clock, getattr(self, clock) + seconds)
-            if then is not None:
-                then()
             return result
 
         setattr(owner, name, timed)
-
-    def end_step(self) -> None:
-        if self.only_decodes:
-            self.host_work.append(self.in_step - self.in_model)
 
     def take_host_work(self) -> list[float]:
         taken, self.host_work = self.host_work, []
