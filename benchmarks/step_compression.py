@@ -23,6 +23,7 @@ from paper_lookahead import PaperLookahead  # type: ignore[import-not-found]
 from tree_model import Draft, TreeModel  # type: ignore[import-not-found]
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import NUM_ORIGINS
@@ -58,10 +59,12 @@ class Ours:
         self,
         prompt: Sequence[int],
         params: LookaheadParams,
+        bigrams: torch.Tensor,
         block_size: int,
         max_tokens: int,
     ) -> None:
         self.ops, self.params, self.prompt = TorchOps(), params, list(prompt)
+        self.bigrams = bigrams
         room = len(prompt) + max_tokens + params.max_tree_size
         num_blocks = -(-room // block_size)
         self.pages = BlockPages.allocate(num_blocks, block_size, params)
@@ -94,7 +97,9 @@ class Ours:
             verification_set_size=one(self.params.verification_set_size),
             max_nodes=one(self.params.max_tree_size),
         )
-        self.tree = self.ops.propose(self.pages, self.batch, self.chain_length)
+        self.tree = self.ops.propose(
+            self.pages, self.batch, self.chain_length, self.bigrams
+        )
         size = int(self.tree.num_nodes)
         return Draft(
             self.tree.tokens[0, :size].tolist(),
@@ -160,8 +165,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@torch.inference_mode()
+def ask(model: TreeModel, prefix: list[int]) -> torch.Tensor:
+    """[V, NUM_SUCCESSORS] int32, as an engine asks for them when it starts."""
+
+    def likeliest(tokens: torch.Tensor) -> torch.Tensor:
+        before = torch.tensor(prefix, dtype=torch.int64).expand(len(tokens), -1)
+        ids = torch.cat([before, tokens[:, None]], 1)
+        return model.model(ids).logits[:, -1].topk(NUM_SUCCESSORS).indices
+
+    vocab_size = model.model.config.vocab_size
+    return model_bigrams(likeliest, vocab_size, vocab_size, chunk=256)
+
+
 def methods(
-    args: argparse.Namespace, params: LookaheadParams
+    args: argparse.Namespace, params: LookaheadParams, bigrams: torch.Tensor
 ) -> dict[str, Callable[[list[int], int], Method]]:
     """By name: (prompt, its number) to a fresh method."""
     sizes = (params.window_size, params.ngram_size, params.verification_set_size)
@@ -172,7 +190,7 @@ def methods(
             prompt, *sizes, True, args.seed + i
         ),
         "ours": lambda prompt, _: Ours(
-            prompt, params, args.block_size, args.max_tokens
+            prompt, params, bigrams, args.block_size, args.max_tokens
         ),
     }
 
@@ -188,11 +206,12 @@ def measure(
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
+    bigrams = ask(model, tokenizer("")["input_ids"])
     texts = prompt_sets.load(dataset, args.data_dir, args.num_prompts)
     results: dict[str, list[list[list[int]]]] = {}
     for i, text in enumerate(texts):
         prompt = tokenizer(text)["input_ids"]
-        for name, make in methods(args, params).items():
+        for name, make in methods(args, params, bigrams).items():
             steps = decode(model, prompt, make(prompt, i), args.max_tokens)
             results.setdefault(name, []).append(steps)
             plain = sum(results["plain"][i], [])
