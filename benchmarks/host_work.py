@@ -5,7 +5,7 @@
 
 Host work is all that the model runner does but the forward pass and the logits:
 input preparation, drafting, sampling, bookkeeping. One engine serves the same
-requests with lookahead and without, in turn; what differs is lookahead's. Contexts
+requests with lookahead and switched off, in turn; what differs is lookahead's. Contexts
 beyond those the model was trained for are of no matter here: its text is not read.
 """
 
@@ -39,7 +39,8 @@ class WorkerExtension:
 
         def start_step(scheduler_output: Any, *args: Any) -> Any:
             self.in_model = self.in_step = 0.0
-            self.only_decodes = not scheduler_output.scheduled_new_reqs
+            most = max(scheduler_output.num_scheduled_tokens.values(), default=0)
+            self.only_decodes = 0 < most <= runner.params.ngram_size
             return execute_model(scheduler_output, *args)
 
         def end_step(*args: Any) -> Any:

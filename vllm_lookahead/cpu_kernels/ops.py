@@ -76,6 +76,6 @@ def warm_up(
     own = params.window_size, params.ngram_size, params.verification_set_size
     requests = np.array([(0, params.ngram_size, 1, *own)])
     size_trees(requests, 0, block_size, block_size, False)
-    rows = requests[:, ROW]
+    rows = requests[:, ROW].copy()
     flat = lay_out(tree, batch, rows, np.ones(1, np.int64), block_size)
     Walk(tree, rows, flat, params.ngram_size).advance(np.zeros(1, np.int64))

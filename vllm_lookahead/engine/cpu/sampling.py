@@ -42,8 +42,8 @@ def sample_along_trees(
 
     Returns:
         output: tokens as [num_requests, N], -1 beyond the emitted ones.
-        sampled: [b, T] int64, the model's token after each node; meaningless at
-            nodes without logits.
+        sampled: [b, T] integers, the model's token after each node; meaningless at
+            nodes without logits, and everywhere if it was sampled without a window.
         verdict: of the trees.
     """
     metadata = runner.input_batch.sampling_metadata
@@ -58,7 +58,7 @@ def sample_along_trees(
 
     walk = Walk(step.tree, step.rows, step.flat, runner.params.ngram_size)
     logprobs = _draw_along(walk, runner, step, logits, metadata)
-    # The window is refilled with the model's likeliest tokens; nothing else reads.
+    # Read by the window alone, which is refilled with the model's likeliest tokens.
     sampled = step.tree.tokens
     if runner.params.window_size:
         sampled = _by_node(logits.argmax(-1), step)

@@ -80,7 +80,8 @@ class TreeStep:
             max(0, runner.max_num_tokens - output.total_num_scheduled_tokens),
             runner.needs_plain_rows(),
         )
-        rows, position = table[:, ROW], table[:, POSITION]
+        # Contiguous, for kernels are compiled by layout.
+        rows, position = table[:, ROW].copy(), table[:, POSITION]
         # The tree's own slots included: accepted nodes move out of them.
         num_blocks = -(-int((position + max_nodes).max()) // runner.pages.block_size)
         block_table = inputs.block_table[0].block_table.np[rows, :num_blocks]

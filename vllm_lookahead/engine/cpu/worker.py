@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker import cpu_worker
 
 from vllm_lookahead.engine.cpu.notify import notify_only_idle_readers
 from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
+from vllm_lookahead.engine.support import CPU_EXECUTOR
 
 
 class LookaheadCPUWorker(cpu_worker.CPUWorker):
@@ -25,6 +27,8 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
             AttentionBackendEnum.CPU_ATTN,
             f"vllm_lookahead.engine.cpu.attention.{kind}AttentionBackend",
         )
+        # It remembers what the last engine of this process registered.
+        selector._cached_get_attn_backend.cache_clear()
 
         def make_runner(
             vllm_config: VllmConfig, device: torch.device
@@ -47,8 +51,10 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
         finally:
             cpu_worker.CPUModelRunner = original
         # Outputs are no copies in flight from a device: nothing to wait for in a
-        # thread, which would take the interpreter from the next step.
-        self.vllm_config.scheduler_config.async_scheduling = False
+        # thread, which would take the interpreter from the next step. In a process of
+        # its own a worker has a configuration of its own; else it is the scheduler's.
+        if self.parallel_config.distributed_executor_backend in ("mp", CPU_EXECUTOR):
+            self.vllm_config.scheduler_config.async_scheduling = False
 
     def execute_and_sample(
         self, scheduler_output: SchedulerOutput, grammar_output: GrammarOutput | None
