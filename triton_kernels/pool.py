@@ -28,21 +28,33 @@ MAX_CONTEXT = tl.constexpr(oracle.MAX_CONTEXT)
 CLASSES = tl.constexpr(oracle.MAX_CONTEXT + 1)
 BLOCK_CLASSES = tl.constexpr(triton.next_power_of_2(oracle.MAX_CONTEXT + 1))
 
-# Entries that a program of the scan looks at together: a counter holds that many.
-_BLOCK = 512
-COUNTER_BITS = tl.constexpr(_BLOCK.bit_length())
-COUNTER_MASK = tl.constexpr((1 << _BLOCK.bit_length()) - 1)
-PACKED = tl.constexpr(60 // _BLOCK.bit_length())
-# A split per _BLOCK entries; fewer in a large batch, whose requests fill a GPU by
+# Entries that a program of the scan looks at together; a counter holds the most.
+_MIN_TILE, _MAX_TILE = 512, 2048
+COUNTER_BITS = tl.constexpr(_MAX_TILE.bit_length())
+COUNTER_MASK = tl.constexpr((1 << _MAX_TILE.bit_length()) - 1)
+PACKED = tl.constexpr(60 // _MAX_TILE.bit_length())  # two words count all classes
+# A split per _MIN_TILE entries; fewer in a large batch, whose requests fill a GPU by
 # themselves.
 _MAX_SPLITS, _MIN_SPLITS, _MAX_PROGRAMS = 128, 8, 2048
 
 
-def _most_splits(max_entries: int, listed: int) -> int:
-    """Splits of the only request of a batch, a power of two."""
+def _scan_size(max_blocks: int, entries: int, listed: int) -> tuple[int, int]:
+    """Splits of the only request of a batch, and the tile of each; powers of two.
+
+    A request of any length up to 128 splits of a tile, which is 51k tokens at W=15,
+    G=15 and blocks of 16, is scanned in one round.
+
+    Args:
+        max_blocks: of a request.
+        entries: of a block.
+        listed: entries that are ranked.
+    """
     # The second launch holds a tile of splits times listed entries in registers.
     most = min(_MAX_SPLITS, 8192 // triton.next_power_of_2(listed))
-    return min(most, triton.next_power_of_2(triton.cdiv(max_entries, _BLOCK)))
+    tiles = triton.cdiv(max_blocks * entries, _MIN_TILE)
+    splits = min(most, triton.next_power_of_2(tiles))
+    per_split = triton.next_power_of_2(triton.cdiv(max_blocks, splits) * entries)
+    return splits, min(max(per_split, _MIN_TILE), _MAX_TILE)
 
 
 @dataclass
@@ -101,7 +113,7 @@ def _scan_kernel(
     RING_SIZE: tl.constexpr,
     RING_ENTRY: tl.constexpr,  # N+1
     LISTED: tl.constexpr,
-    ENTRIES: tl.constexpr,  # of a block; a power of two
+    ENTRIES: tl.constexpr,  # of a block
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -113,7 +125,8 @@ def _scan_kernel(
 
     num_blocks = tl.cdiv(position, BLOCK_SIZE)
     num_blocks = tl.where(tl.load(wanted_ptr + b) > 0, num_blocks, 0)
-    per_split = tl.cdiv(num_blocks, splits)
+    # A tile takes as long half empty: better none for the other splits.
+    per_split = tl.maximum(tl.cdiv(num_blocks, splits), BLOCK // ENTRIES)
     first = split * per_split
     end = tl.minimum(first + per_split, num_blocks)
 
@@ -124,7 +137,7 @@ def _scan_kernel(
         entry = end * ENTRIES - 1 - start - offset  # newest first
         logical = entry // ENTRIES
         column = entry % ENTRIES
-        live = (entry >= first * ENTRIES) & (column < RING_SIZE + BLOCK_SIZE)
+        live = entry >= first * ENTRIES
         block = tl.load(table_ptr + logical, mask=live, other=0).to(tl.int64)
 
         index = logical * BLOCK_SIZE + column - RING_SIZE
@@ -317,8 +330,8 @@ def lookup(
     expect("context", context, (b, g))
     if not b or not g:
         return
-    entries = triton.next_power_of_2(ring_size + pages.block_size)
-    most = _most_splits(batch.block_table.shape[1] * entries, listed)
+    entries = ring_size + pages.block_size
+    most, tile = _scan_size(batch.block_table.shape[1], entries, listed)
     if splits is None:
         splits = min(most, max(_MIN_SPLITS, _MAX_PROGRAMS // b))
     expect("scratch.found", scratch.found, (-1, oracle.MAX_CONTEXT + 1, listed))
@@ -346,8 +359,8 @@ def lookup(
         splits,
         stride_table,
         **sizes,
-        BLOCK=_BLOCK,
-        num_warps=8,
+        BLOCK=tile,
+        num_warps=8 if tile <= 1024 else 16,
     )
     block = triton.next_power_of_2(listed)
     _select_kernel[(b,)](

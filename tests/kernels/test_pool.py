@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.core.equivalence import Shape, assert_same_pages, random_state
 from tests.kernels.build import ORACLE, POISON, poison_table, poisoned
 from vllm_lookahead.core import pool as oracle
 from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.triton_kernels import pool
 from vllm_lookahead.triton_kernels.pages import write_tokens
 from vllm_lookahead.triton_kernels.pool import LookupScratch, lookup
 
@@ -33,8 +36,8 @@ def assert_same_lookup(pages, batch, chain_length, splits=None):
 
 @pytest.mark.parametrize("splits", [1, 2, 8, 32])
 def test_splits_of_a_ragged_batch(splits):
-    """More splits than blocks, and blocks that do not divide among them."""
-    shape = Shape(3, 4, 3, batch=3, num_blocks=13, vocab=4, holes=True)
+    """More splits than tiles, and blocks that do not divide among them."""
+    shape = Shape(3, 4, 3, batch=3, num_blocks=61, vocab=4, holes=True)
     state = random_state(shape, seed=splits)
     assert_same_lookup(state.pages, state.batch, state.chain_length, splits)
 
@@ -60,6 +63,51 @@ def test_a_scan_goes_on_behind_its_first_tile():
         pages, make_batch(rows), full_length(30, 3), splits=1
     )
     assert candidates[0, :, 0].tolist() == [16 * b + 16 for b in range(99, 69, -1)]
+
+
+@dataclass
+class Launches:
+    """In place of a kernel: its grid and what was compiled in."""
+
+    grid: tuple[int, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *args, **sizes: self.sizes.update(sizes)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("requests", [1, 16])
+@pytest.mark.parametrize("most", [33 * 1024, 128 * 1024])
+def test_any_context_to_32k_is_scanned_in_one_round(
+    monkeypatch, block_size, requests, most
+):
+    """At the default sizes; what a scan costs follows its rounds."""
+    scan = Launches()
+    monkeypatch.setattr(pool, "_scan_kernel", scan)
+    monkeypatch.setattr(pool, "_select_kernel", Launches())
+    pages = make_pages(1, block_size, 15, 5)
+    row = Row([0] * (most // block_size), 1, 1, w=15, n=5, g=15)
+    look_up(pages, make_batch([row] * requests), full_length(15, 5))
+    for context in (1024, 8192, 16384, 32768):
+        per_split = -(-context // block_size // scan.grid[1])
+        entries = per_split * scan.sizes["ENTRIES"]
+        assert entries >= per_split * (block_size + pages.ring.shape[1])
+        assert -(-entries // scan.sizes["BLOCK"]) == 1
+
+
+@pytest.mark.parametrize("position", [1000, 32768])
+def test_a_long_context(position):
+    """As wide tiles as there are, on a request that fills them and one that doesn't."""
+    pages = make_pages(2056, 16, 15, 5)
+    draw = torch.Generator(pages.tokens.device).manual_seed(position)
+    for page in (pages.tokens, pages.ring):
+        page.random_(0, 300, generator=draw)
+    pages.ring_count.random_(0, 200, generator=draw)
+    order = torch.randperm(2056, generator=draw, device=pages.tokens.device)
+    row = Row(order.tolist(), position, 7, n=5, g=15)
+    assert_same_lookup(pages, make_batch([row]), full_length(15, 5))
 
 
 def matches_of(values: list[int]):
