@@ -35,7 +35,7 @@ def test_sizes_come_from_the_options() -> None:
     assert config.params == LookaheadParams(15, 5, 15)
     # The scheduler sees N-1 drafts; the other nodes are the worker's.
     assert config.num_speculative_tokens == 4
-    assert config.max_num_new_slots_for_drafting == 120 - 5
+    assert config.max_num_new_slots_for_drafting == 0
 
 
 def test_sizes_left_out_are_the_platforms() -> None:

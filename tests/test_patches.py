@@ -12,6 +12,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.cpu import CpuPlatform
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -59,6 +61,14 @@ def test_the_scheduler_is_named_after_the_config_is_made() -> None:
     assert source.index("create_speculative_config(") < source.index("SchedulerConfig(")
 
 
+def test_the_scheduler_can_leave_room_for_trees() -> None:
+    source = inspect.getsource(Scheduler.schedule)
+    assert "token_budget = self.max_num_scheduled_tokens" in source
+    assert source.count("allocate_slots(") == 2
+    assert source.count("num_lookahead_tokens=") == 2
+    assert "num_lookahead_tokens" in parameters(KVCacheManager, "allocate_slots")
+
+
 def test_the_cpu_platform_turns_async_scheduling_off() -> None:
     assert parameters(EngineArgs, "create_engine_config")[0] == "self"
     assert EngineArgs.async_scheduling is None
@@ -96,9 +106,8 @@ def test_requests_are_validated_where_they_arrive() -> None:
 
 
 def test_the_config_overrides_what_upstream_asks() -> None:
-    for name in ("max_num_new_slots_for_drafting", "use_ngram"):
-        assert name in vars(SpeculativeConfig)
-        assert name in vars(LookaheadConfig)
+    assert "use_ngram" in vars(SpeculativeConfig)
+    assert "use_ngram" in vars(LookaheadConfig)
     upstream = {field.name for field in dataclasses.fields(SpeculativeConfig)}
     assert {"method", "num_speculative_tokens", "prompt_lookup_min"} <= upstream
     own = {field.name for field in dataclasses.fields(LookaheadConfig)} - upstream

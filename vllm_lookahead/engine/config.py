@@ -28,8 +28,8 @@ class LookaheadConfig(SpeculativeConfig):
     """`VllmConfig.speculative_config` of an engine that runs lookahead.
 
     To the scheduler each request drafts N-1 tokens, of which it accepts a prefix.
-    The worker widens them into a draft tree of up to T nodes, in K/V slots that
-    `max_num_new_slots_for_drafting` sets aside. Sizes left out are the platform's.
+    The worker widens them into a draft tree of up to T nodes, for which
+    `LookaheadScheduler` leaves room. Sizes left out are the platform's.
     """
 
     method: Literal["lookahead"] = METHOD  # type: ignore[assignment]
@@ -76,11 +76,6 @@ class LookaheadConfig(SpeculativeConfig):
     @property
     def params(self) -> LookaheadParams:
         return LookaheadParams(**{name: getattr(self, name) for name in RANGES})
-
-    @property
-    def max_num_new_slots_for_drafting(self) -> int:
-        """T-N: the tree nodes of a request that the scheduler does not count."""
-        return max(0, self.params.max_tree_size - self.ngram_size)
 
     def use_ngram(self) -> bool:
         """Drafts come, like n-grams, without weights or K/V of their own."""

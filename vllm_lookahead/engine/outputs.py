@@ -1,9 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the worker tells the scheduler beside the sampled tokens."""
+"""What scheduler and worker tell each other beside vLLM's own."""
 
 from dataclasses import dataclass, field
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass
+class LookaheadSchedulerOutput(SchedulerOutput):
+    """A `SchedulerOutput` that says how wide its trees may be.
+
+    Attributes:
+        most_nodes: of any tree; the K/V slots of as many are reserved.
+    """
+
+    most_nodes: int = 1
 
 
 @dataclass

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The narrow side of lookahead: the scheduler sees N-1 drafts per request.
 
-It never sees a draft tree. It reserves the tree's K/V slots, marks each request
-that drafts with N-1 placeholders, and the worker expands those into T nodes.
-Metrics, token budgets and rollback are then vLLM's own.
+It never sees a draft tree. It marks each request that drafts with N-1 placeholders,
+which the worker expands into T nodes, and leaves them room: input tokens and K/V
+slots. Metrics and rollback are then vLLM's own.
 """
 
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm.config import VllmConfig
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_lookahead.params import request_params
+from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
+from vllm_lookahead.engine.shares import MAX_TREE_TOKENS, nodes_within, tree_share
+from vllm_lookahead.engine.support import GPU_WORKER
+from vllm_lookahead.params import LookaheadParams, request_params
 
 if TYPE_CHECKING:
     from vllm_lookahead.engine.config import LookaheadConfig
@@ -26,7 +27,9 @@ PLACEHOLDER = -1
 
 
 class LookaheadScheduler(Scheduler):
-    """vLLM's scheduler with room for a draft tree, and a switch per request."""
+    """vLLM's scheduler with room for draft trees, and a switch per request."""
+
+    max_num_scheduled_tokens: int
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Self:
         # `EngineArgs` names the class before vLLM settles async scheduling.
@@ -40,29 +43,69 @@ class LookaheadScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         config: LookaheadConfig = self.vllm_config.speculative_config
         self.lookahead = config.params
-        self.num_lookahead_tokens = max(
-            0, self.lookahead.max_tree_size - self.lookahead.ngram_size
-        )
         # Always as many drafts as ever: with such a table, vLLM pads no request that
         # enters with one token left to N, be its lookahead off or not.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (
             self.max_num_running_reqs + 1
         )
-        # Scheduler.__init__ derived this before it knew of the tree.
-        step_tokens = 1 + self.num_spec_tokens + self.num_lookahead_tokens
-        self._spec_decode_step_blocks = sum(
-            cdiv(step_tokens, manager.block_size)
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            if not isinstance(manager.kv_cache_spec, MambaSpec)
-        )
+        self.most_nodes = self.lookahead.max_tree_size
+        self.input_tokens = self.scheduler_config.max_num_batched_tokens
+        self.token_limit = self.max_num_scheduled_tokens
+        # Only the GPU engine's trees share a step's tokens.
+        worker = self.vllm_config.parallel_config.worker_cls
+        self.trees_share = worker == GPU_WORKER
+        # Nodes of each tree of this step that are no placeholders, by request id.
+        self.uncounted: dict[str, int] = {}
+        manager: Any = self.kv_cache_manager
+        self._allocate_slots = manager.allocate_slots
+        manager.allocate_slots = self.allocate_slots
 
-    def num_drafts(self, request: Request) -> int:
-        """Draft tokens to schedule for a request: N-1, or 0 when it is off."""
+    def params(self, request: Request) -> LookaheadParams | None:
+        """The sizes that a request drafts with; None if it does not draft."""
         sampling = request.sampling_params
         # A grammar is checked along one chain, token by token: it runs plain.
         if sampling is None or request.use_structured_output:
-            return 0
-        params = request_params(sampling.extra_args, self.lookahead)
+            return None
+        return request_params(sampling.extra_args, self.lookahead)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self.make_room()
+        output = super().schedule(*args, **kwargs)
+        return LookaheadSchedulerOutput(**vars(output), most_nodes=self.most_nodes)
+
+    def make_room(self) -> None:
+        """Size the trees of the next step, and keep input tokens for their nodes.
+
+        Trees keep their size when a prefill shares the step, unless they would take
+        more than half of what it could have.
+        """
+        drafting = [r for r in self.running if r.spec_token_ids]
+        sizes = [self.params(request) or self.lookahead for request in drafting]
+        if drafting and self.trees_share:
+            trees = [params.max_tree_size for params in sizes]
+            budget = min(MAX_TREE_TOKENS, self.input_tokens)
+            self.most_nodes = tree_share(trees, budget)
+        self.uncounted.clear()
+        free = self.input_tokens
+        for request, params in zip(drafting, sizes, strict=True):
+            verified = 1 + params.max_candidate_nodes
+            nodes = nodes_within(params.max_tree_size, verified, self.most_nodes)
+            # No more than its nodes can be accepted.
+            request.spec_token_ids = request.spec_token_ids[: nodes - 1]
+            narrow = 1 + len(request.spec_token_ids)
+            self.uncounted[request.request_id] = nodes - narrow
+            free -= narrow
+        room = min(sum(self.uncounted.values()), max(0, free) // 2)
+        self.max_num_scheduled_tokens = min(self.token_limit, self.input_tokens - room)
+
+    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, with K/V slots for the request's tree if this step feeds it one."""
+        kwargs["num_lookahead_tokens"] = self.uncounted.get(request.request_id, 0)
+        return self._allocate_slots(request, *args, **kwargs)
+
+    def num_drafts(self, request: Request) -> int:
+        """Draft tokens to schedule for a request: N-1, or 0 when it is off."""
+        params = self.params(request)
         return params.ngram_size - 1 if params else 0
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

@@ -35,6 +35,7 @@ from vllm_lookahead.engine.gpu.sizes import RequestSizes
 from vllm_lookahead.engine.gpu.speculator import LookaheadSpeculator
 from vllm_lookahead.engine.gpu.step import Plan, TreeStep
 from vllm_lookahead.engine.gpu.trees import TreeSlots
+from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -44,10 +45,6 @@ else:
     BaseModelRunner = GPUModelRunner
 
 logger = init_logger("vllm.lookahead")
-
-# Tokens that the trees of a step share; more requests, smaller trees. A 7B model in
-# bf16 is memory-bound on an H200 up to about 180 tokens.
-MAX_TREE_TOKENS = 256
 
 
 class LookaheadModelRunner(BaseModelRunner):
@@ -169,8 +166,9 @@ class LookaheadModelRunner(BaseModelRunner):
         wide: dict[str, list[int]] = {}
         index = self.req_states.req_id_to_index
         cached = narrow.scheduled_cached_reqs
-        share = MAX_TREE_TOKENS // len(drafts)
-        spare = (self.max_num_tokens - narrow.total_num_scheduled_tokens) // len(drafts)
+        # vLLM's warm-up does without our scheduler.
+        share = getattr(narrow, "most_nodes", MAX_TREE_TOKENS // len(drafts))
+        spare = self.max_num_tokens - narrow.total_num_scheduled_tokens
         for req_id, computed in zip(
             cached.req_ids, cached.num_computed_tokens, strict=True
         ):
@@ -180,6 +178,7 @@ class LookaheadModelRunner(BaseModelRunner):
                 most = min(share, room, 1 + num_drafts + spare)
                 nodes = self.sizes.num_nodes(index[req_id], num_drafts, most)
                 num_tokens[req_id] = nodes
+                spare -= nodes - 1 - num_drafts
                 if nodes > 1:
                     wide[req_id] = placeholders[: nodes - 1]
         # vLLM pads the last prompt token of a request with drafts that nobody made.

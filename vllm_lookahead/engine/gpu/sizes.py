@@ -4,6 +4,7 @@
 import numpy as np
 from vllm.sampling_params import SamplingParams
 
+from vllm_lookahead.engine.shares import nodes_within
 from vllm_lookahead.params import LookaheadParams, request_params
 
 WINDOW, NGRAM, VERIFY, TREE, ROWS = range(5)
@@ -53,7 +54,7 @@ class RequestSizes:
         """Nodes to feed for a request that was scheduled `num_drafts` drafts.
 
         Fewer drafts than N-1 mean that fewer tokens may be emitted, and a tree cut
-        to as many nodes is no deeper. A window that does not fit whole is left out.
+        to as many nodes is no deeper.
 
         Args:
             slot: the request's.
@@ -63,4 +64,4 @@ class RequestSizes:
         _, ngram, _, tree, rows = self.table[:, slot].tolist()
         if num_drafts < ngram - 1:
             most = min(most, num_drafts + 1)
-        return tree if tree <= most else max(1, min(rows, most))
+        return nodes_within(tree, rows, most)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler alone: what a step's trees leave to prefills, and what they hold."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
+from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.hf_config import write_config
+from vllm_lookahead.engine import support
+from vllm_lookahead.engine.scheduler import LookaheadScheduler
+from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
+
+BATCHED, BLOCK, N, T = 8192, 16, 5, 120
+SIZES = {"window_size": 15, "ngram_size": N, "verification_set_size": 15}
+OFF = {"lookahead": 0}
+names = itertools.count()
+
+
+class Driver:
+    """A scheduler whose requests all accept nothing."""
+
+    def __init__(self, model: str, worker: str, **sizes: int) -> None:
+        config = EngineArgs(
+            model,
+            skip_tokenizer_init=True,
+            max_num_batched_tokens=BATCHED,
+            max_num_seqs=256,
+            max_model_len=65536,
+            block_size=BLOCK,
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            speculative_config={"method": "lookahead"} | SIZES | sizes,
+        ).create_engine_config()
+        config.parallel_config.worker_cls = worker
+        config.cache_config.num_gpu_blocks = 16384
+        spec = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32
+        )
+        cache = KVCacheConfig(
+            num_blocks=16384,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        )
+        self.scheduler = LookaheadScheduler(
+            config, cache, StructuredOutputManager(config), block_size=BLOCK
+        )
+
+    def add(self, length: int, count: int = 1, **extra: int) -> list[str]:
+        ids = [f"r{next(names)}" for _ in range(count)]
+        for name in ids:
+            params = SamplingParams(max_tokens=1000, extra_args=extra)
+            request = Request(name, [1] * length, params, None)
+            self.scheduler.add_request(request)
+        return ids
+
+    def step(self) -> Any:
+        output = self.scheduler.schedule()
+        ids = list(output.num_scheduled_tokens)
+        done = [not self.scheduler.requests[name].is_prefill_chunk for name in ids]
+        result = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={name: i for i, name in enumerate(ids)},
+            sampled_token_ids=[[7] if d else [] for d in done],
+        )
+        self.scheduler.update_from_output(output, result)
+        return output
+
+    def blocks(self, name: str) -> int:
+        (ids,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+        return len(ids)
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+    model = write_config(tmp_path, max_position_embeddings=65536)
+    return lambda worker=support.GPU_WORKER, **sizes: Driver(model, worker, **sizes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 60, 200])
+def test_a_prefill_beside_trees(make: Any, count: int) -> None:
+    """It has all that the trees, which share 256 tokens, do not take."""
+    driver = make()
+    ids = driver.add(20, count)
+    driver.step()
+    (long,) = driver.add(20000)
+    output = driver.step()
+    assert output.num_scheduled_tokens.keys() == {*ids, long}
+    assert output.num_scheduled_tokens[long] >= BATCHED - max(MAX_TREE_TOKENS, count)
+    assert output.most_nodes == {1: 256, 2: 136, 5: 51, 60: 4, 200: 1}[count]
+    # Room for whole trees is left, and no draft is scheduled that no tree will hold.
+    nodes = min(T if count < 3 else 61, output.most_nodes)
+    left = BATCHED - output.total_num_scheduled_tokens
+    narrow = [output.num_scheduled_tokens[name] for name in ids]
+    assert sum(narrow) + left >= nodes * count
+    assert set(narrow) == {min(N, nodes)}
+
+
+@pytest.mark.parametrize("extra", [OFF, {"lookahead_ngram_size": 2}])
+def test_two_hundred_requests(make: Any, extra: dict[str, int]) -> None:
+    """All of them run in every step, and hold what they use."""
+    driver = make()
+    ids = driver.add(20, 200, **extra)
+    for _ in range(3):
+        assert driver.step().num_scheduled_tokens.keys() == set(ids)
+    assert {driver.blocks(name) for name in ids} == {2}
+    if extra == OFF:
+        driver.add(20000)
+        assert driver.step().total_num_scheduled_tokens == BATCHED
+
+
+def test_slots_of_trees(make: Any) -> None:
+    """T of them for a request that is fed a tree, and no more for any other."""
+    driver = make()
+    (off,), (on,), (long,) = driver.add(20, **OFF), driver.add(20), driver.add(9000)
+    driver.step()
+    assert [driver.blocks(name) for name in (off, on)] == [2, 2]
+    output = driver.step()
+    assert output.scheduled_spec_decode_tokens.keys() == {on}
+    p = 20
+    assert [driver.blocks(name) for name in (off, on)] == [2, -(-(p + T) // BLOCK)]
+    assert driver.blocks(long) == -(-9000 // BLOCK)
+
+
+def test_small_trees_leave_more(make: Any) -> None:
+    driver = make()
+    small = driver.add(
+        20, 3, lookahead_window_size=0, lookahead_verification_set_size=1
+    )
+    (large,) = driver.add(20)
+    driver.step()
+    output = driver.step()
+    assert output.most_nodes == MAX_TREE_TOKENS - 3 * N
+    assert driver.blocks(large) == -(-(20 + T) // BLOCK)
+    assert {driver.blocks(name) for name in small} == {2}
+
+
+def test_trees_leave_half_of_a_small_budget(make: Any) -> None:
+    driver = make(support.CPU_WORKER)
+    ids = driver.add(20, 200)
+    driver.step()
+    (long,) = driver.add(20000)
+    output = driver.step()
+    assert output.most_nodes == T
+    assert {output.num_scheduled_tokens[name] for name in ids} == {N}
+    assert output.num_scheduled_tokens[long] == (BATCHED - 200 * N) // 2
