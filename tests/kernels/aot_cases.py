@@ -9,13 +9,20 @@ from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import NUM_ORIGINS
+from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.compaction import LayerCaches, compact
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
+from vllm_lookahead.triton_kernels.slots import (
+    FedTrees,
+    LogitsRows,
+    feed_trees,
+    store_trees,
+)
 
-NUM_BLOCKS, MAX_BLOCKS = 4096, 2048
+NUM_BLOCKS, MAX_BLOCKS, MAX_REQUESTS = 4096, 2048, 256
 # (W, N, G), block size, requests
 SERVERS = {
     "default": ((15, 5, 15), 16, 1),
@@ -55,6 +62,7 @@ def step(
     ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
     bigrams = meta(128_256, NUM_SUCCESSORS)
     tree = ops.propose(pages, batch, meta(NUM_ORIGINS, g), bigrams)
+    by_slot(tree, n)
     build_mask(
         tree,
         batch.position,
@@ -71,6 +79,32 @@ def step(
     cache = meta(NUM_BLOCKS, block_size, 8, 256, dtype=torch.bfloat16)
     ops.compact([cache] * 32, batch, verdict, block_size)
     ops.update(pages, batch, tree, sampled, verdict)
+
+
+def by_slot(tree: DraftTree, n: int) -> None:
+    """Trees put away, and fed; what the host says of them is packed in one buffer."""
+    s, (b, t) = MAX_REQUESTS, tree.tokens.shape
+    columns, num_nodes = meta(5, s, t), meta(s)
+    slots, long = meta(b, dtype=torch.int64), torch.int64
+    store_trees(tree, slots, columns, num_nodes, meta(b, n - 1, dtype=long))
+    packed = meta(7 * b + 3 * (b + 1))
+    sizes, counts = packed[: 7 * b].view(7, b).split([4, 3])
+    rows = meta(3, s * t, dtype=long).unbind(0)
+    feed_trees(
+        FedTrees(meta(5, s, t), *meta(4, s).unbind(0), meta(8192, dtype=long)),
+        LogitsRows(*rows, meta(s * t)),
+        columns,
+        num_nodes,
+        slots,
+        meta(b + 1),
+        meta(b),
+        meta(b * t),
+        meta(s, 1, dtype=long),
+        counts,
+        sizes[1],
+        *packed[7 * b :].view(3, b + 1)[:2].unbind(0),
+        num_trees=b,
+    )
 
 
 def server(batches: list[int]) -> None:

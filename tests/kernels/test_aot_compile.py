@@ -16,6 +16,8 @@ KERNELS = {
     "_compact_kernel",
     "_complete_kernel",
     "_update_kernel",
+    "_store_kernel",
+    "_feed_kernel",
 }
 
 

@@ -13,12 +13,14 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree, build_tree
 from vllm_lookahead.engine.gpu.sizes import NGRAM, TREE, VERIFY, RequestSizes
 from vllm_lookahead.engine.gpu.sizes import WINDOW as W_ROW
 from vllm_lookahead.engine.gpu.step import Plan, TreeStep
 from vllm_lookahead.engine.gpu.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.ops import TritonOps
 
 CPU = torch.device("cpu")
 SLOTS = 8
@@ -60,9 +62,27 @@ def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTr
     return build_tree(batch, candidates, torch.zeros(count, g).int(), window)
 
 
+def flat_batch(slots_of: list[int], num_tokens: list[int], trees: int) -> Any:
+    """As much of an `InputBatch` as `feed` reads; 10 tokens before each tree."""
+    start = np.cumsum([0, *num_tokens])
+    before = [10] * trees + [0] * (len(slots_of) - trees)
+    return SimpleNamespace(
+        num_reqs=len(slots_of),
+        num_tokens=int(start[-1]),
+        num_draft_tokens_per_req=column([9] * trees).numpy(),
+        idx_mapping_np=np.array(slots_of),
+        idx_mapping=torch.tensor(slots_of),
+        num_scheduled_tokens=np.array(num_tokens, dtype=np.int32),
+        query_start_loc=column(start),
+        seq_lens=column(before) + column(num_tokens),
+        input_ids=torch.arange(start[-1], dtype=torch.int32),
+    )
+
+
 @pytest.mark.parametrize("server", [(3, 3, 3), (2, 2, 3), (0, 4, 2), (4, 5, 0)])
-@pytest.mark.parametrize("cut", [None, 2, 5])
+@pytest.mark.parametrize("cut", [None, 2, 5, -1])
 def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
+    """Trees fed whole, cut to so many nodes, and whole in too little room."""
     params = LookaheadParams(*server)
     sizes = RequestSizes(SLOTS, params)
     asked: list[dict[str, int]] = [{}, {"lookahead_verification_set_size": 0}, {}]
@@ -78,26 +98,12 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
 
     fed = sizes.table[TREE, index].copy()
     if cut is not None:
-        fed = np.minimum(fed, cut)
+        fed = np.minimum(fed, cut) if cut > 0 else np.maximum(fed + cut, 1)
     num_tokens = [*fed.tolist(), 6]
     start = np.cumsum([0, *num_tokens])
-    input_ids = torch.arange(start[-1], dtype=torch.int32)
-    seq_lens = column([10 + f for f in fed] + [6])
-    drafted = [min(n - 1, f - 1) for f in fed]
-    trees_fed = sum(d > 0 for d in drafted)
-    if trees_fed < 3:
+    if min(fed) == 1:
         pytest.skip("vLLM would put the request without drafts last")
-    batch = SimpleNamespace(
-        num_reqs=4,
-        num_tokens=int(start[-1]),
-        num_draft_tokens_per_req=np.array([*drafted, 0], dtype=np.int32),
-        idx_mapping_np=np.array(slots_of),
-        idx_mapping=torch.tensor(slots_of),
-        num_scheduled_tokens=np.array(num_tokens, dtype=np.int32),
-        query_start_loc=column(start),
-        seq_lens=seq_lens,
-        input_ids=input_ids,
-    )
+    batch = flat_batch(slots_of, num_tokens, trees=3)
     plan = Plan.make(batch, sizes, CPU)
     step = TreeStep(SLOTS, 64 * SLOTS, params, CPU)
     last_sampled = torch.full((SLOTS, 1), -3)
@@ -117,7 +123,7 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
             tree.kinds[b, :real] == CANDIDATE
         ).sum()
         kept = (tree.kinds[b] == WINDOW).sum() if whole else 0
-        assert (rows.kinds[b] == WINDOW).sum() == kept or not whole
+        assert (rows.kinds[b] == WINDOW).sum() == kept
         assert step.position[b] == 10
         first = int(start[b])
         most = 1 + int(sizes.table[VERIFY, index[b]]) * (n - 1)
@@ -129,7 +135,7 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
                 (first + node, SLOTS * t if n == 2 and j == 0 else b * t + node)
             )
     assert step.position[3] == 5
-    assert rows.tokens[3, 0] == input_ids[-1]
+    assert rows.tokens[3, 0] == batch.input_ids[-1]
     expected_rows.append([int(start[-1]) - 1, 3 * t])
     count = len(expected_rows)
     got = torch.stack([step.row_token, step.row_node], 1)
@@ -152,6 +158,59 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
             length += 1
         assert chain[:length] == tree.tokens[b, 1 : length + 1].tolist()
         assert chain[length:] == [0] * (n - 1 - length)
+
+
+def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
+    """A tree with few candidates fits its share, and yet there are no logits."""
+    params, other = LookaheadParams(3, 3, 3), 777
+    sizes = RequestSizes(SLOTS, params)
+    sizes.add_request(2, SamplingParams(), chain=False)
+    table = column([[0, 1, 2]])
+    one = [column([x]) for x in (10, 5, 3, 3, 3, 12)]
+    candidates = torch.full((1, 3, 2), -1, dtype=torch.int32)
+    window = torch.arange(20, 26).view(1, 2, 3).int()
+    tree = build_tree(RequestBatch(table, *one), candidates, candidates[..., 0], window)
+    assert tree.num_nodes[0] == 6
+    slots, step = TreeSlots(SLOTS, 12, CPU), TreeStep(SLOTS, 64, params, CPU)
+    slots.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))
+    pages = BlockPages.allocate(3, 16, params)
+    ops = TritonOps(params, SLOTS)
+    for fed in (11, 12):
+        batch = flat_batch([2], [fed], trees=1)
+        plan = Plan.make(batch, sizes, CPU)
+        last_sampled = torch.full((SLOTS, 1), 5)
+        step.sampled.fill_(other)
+        step.feed(plan, slots, batch, torch.arange(fed), last_sampled)
+        step.sampled[step.row_node[plan.cu_window_np[0] : plan.cu_window_np[1]]] = 8
+        verdict = ops.verify(step.rows(1), step.sampled_rows(1), 3)
+        requests = plan.batch(table, step.position[:1], step.root[:1])
+        ops.update(pages, requests, step.rows(1), step.sampled_rows(1), verdict)
+        assert not (pages.ring == other).any() and not (pages.window == other).any()
+        assert (pages.window == 8).any() == (fed == 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("idx_mapping", lambda x: x.float()),
+        ("query_start_loc", lambda x: x.long()),
+        ("seq_lens", lambda x: x[:0]),
+        ("input_ids", lambda x: x[::2]),
+    ],
+)
+def test_refusals(name: str, change: Any) -> None:
+    params = LookaheadParams(3, 3, 3)
+    sizes = RequestSizes(SLOTS, params)
+    sizes.add_request(2, SamplingParams(), chain=False)
+    slots, step = TreeSlots(SLOTS, 12, CPU), TreeStep(SLOTS, 64, params, CPU)
+    batch = flat_batch([2], [12], trees=1)
+    plan = Plan.make(batch, sizes, CPU)
+    setattr(batch, name, change(getattr(batch, name)))
+    with pytest.raises(ValueError, match=f"^{name} is"):
+        step.feed(plan, slots, batch, torch.arange(12), torch.zeros(SLOTS, 1).long())
+    drafts = torch.zeros(SLOTS, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="^drafts is"):
+        slots.store(step.tree, torch.arange(SLOTS), drafts.int())
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.engine.gpu.sizes import NGRAM, ROWS, TREE, VERIFY, WINDOW
-from vllm_lookahead.engine.gpu.trees import TreeSlots, _feed_kernel
+from vllm_lookahead.engine.gpu.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.slots import FedTrees, LogitsRows, feed_trees
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -136,6 +137,17 @@ class TreeStep:
         self.row_node = zeros(max_rows, dtype=torch.int64)
         self.row_slot = zeros(max_rows, dtype=torch.int64)
         self.row_local = zeros(max_rows)
+        self._fed = FedTrees(
+            self._columns,
+            self.tree.num_nodes,
+            self.position,
+            self.root,
+            self.longest,
+            self.final_slot,
+        )
+        self._logits_rows = LogitsRows(
+            self.row_token, self.row_node, self.row_slot, self.row_local
+        )
         self.attended = 0
         self.plan: Plan = None  # type: ignore[assignment]  # before the first
 
@@ -163,39 +175,23 @@ class TreeStep:
         last_sampled: torch.Tensor,
     ) -> None:
         """Gather the step's trees and say which rows of the batch need logits."""
-        num_tokens = input_batch.num_tokens
+        b, num_tokens = plan.num_requests, input_batch.num_tokens
         self.final_slot[:num_tokens].copy_(slot_mapping[:num_tokens])
-        _, max_num_reqs, t = self._columns.shape
-        fed, verified, window = plan.rows.unbind(0)
-        _feed_kernel[(plan.num_requests,)](
-            self._columns,
-            self.tree.num_nodes,
-            self.position,
-            self.root,
-            self.longest,
-            self.final_slot,
-            self.row_token,
-            self.row_node,
-            self.row_slot,
-            self.row_local,
+        feed_trees(
+            self._fed,
+            self._logits_rows,
             slots.columns,
             slots.num_nodes,
             input_batch.idx_mapping,
-            input_batch.query_start_loc,
-            input_batch.seq_lens,
+            input_batch.query_start_loc[: b + 1],
+            input_batch.seq_lens[:b],
             input_batch.input_ids,
             last_sampled,
-            fed,
-            verified,
-            window,
+            plan.rows,
             plan.sizes[1],
             plan.cu_verified,
             plan.cu_window,
             plan.num_trees,
-            max_num_reqs * t,
-            self._columns.stride(0),
-            T=t,
-            BLOCK_T=triton.next_power_of_2(t),
         )
         num_rows = int(plan.cu_verified_np[-1])
         input_batch.logits_indices = self.row_token[:num_rows]
