@@ -110,6 +110,7 @@ def test_engine_args_can_be_used_twice(tmp_path: Path) -> None:
 KINDS = {
     "M-RoPE": {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
     "chunked local attention": {"attention_chunk_size": 64},
+    "R-SWA": {"rswa_window": 64},
     "sliding-window attention": {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -176,6 +177,31 @@ def test_unsupported_setups_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         engine_config(write_config(tmp_path), **arguments)
+
+
+MOE = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "sliding_window": None,
+}
+
+
+@pytest.mark.parametrize(("changes", "refused"), [(MOE, True), ({}, False)])
+def test_data_parallelism_of_experts(
+    changes: dict, refused: bool, tmp_path: Path
+) -> None:
+    """Ranks of a dense model are engines of their own."""
+    model = write_config(tmp_path, **changes)
+    config = engine_config(model, speculative_config=None)
+    for size in (1, 2):
+        config.parallel_config.data_parallel_size = size
+        parts = config.model_config, config.parallel_config
+        if refused and size > 1:
+            with pytest.raises(ValueError, match="support data parallelism of mixture"):
+                support.check_supported(*parts)
+        else:
+            support.check_supported(*parts)
 
 
 @pytest.mark.parametrize(

@@ -117,5 +117,6 @@ def test_the_config_overrides_what_upstream_asks() -> None:
 def test_model_kinds_can_be_told_apart() -> None:
     asked = "is_encoder_decoder is_diffusion is_attention_free is_hybrid"
     asked += " has_inner_state use_mla uses_mrope uses_alibi get_sliding_window"
+    asked += " is_moe rswa_window"
     assert not [name for name in asked.split() if not hasattr(ModelConfig, name)]
     assert hasattr(ParallelConfig, "use_ubatching")

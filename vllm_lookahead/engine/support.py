@@ -60,12 +60,16 @@ def check_supported(model: Any, parallel: Any) -> None:
         "M-RoPE": model.uses_mrope,
         "ALiBi": model.uses_alibi,
         "chunked local attention": model.attention_chunk_size is not None,
+        "R-SWA": model.rswa_window is not None,
         "sliding-window attention": bool(windowed)
         or (everywhere and model.get_sliding_window() is not None),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "dual batch overlap": parallel.use_ubatching,
+        # Its ranks agree on a graph: one with trees would choose for one without.
+        "data parallelism of mixture-of-experts models": model.is_moe
+        and parallel.data_parallel_size > 1,
     }
     for kind, found in kinds.items():
         if found:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
     from vllm_lookahead.engine.gpu.step import TreeStep
 
+# Their caches are [num_blocks, num_kv_heads, block_size, 2 * head_size], K before V.
+BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
+FP8_CACHES = ("fp8", "fp8_e4m3")
+
 
 @dataclass
 class TreeMetadata:
@@ -128,9 +132,14 @@ def _requests_from(
 
 
 class TreeAttention:
-    """Mixed into a backend's implementation. `scratch` is shared by all layers."""
+    """Mixed into a backend's implementation. `scratch` is shared by all layers.
+
+    Trees have queries of the model's dtype. vLLM's layer would quantize all of them
+    for an fp8 cache, so its `query_quant` is the implementation's.
+    """
 
     scratch: SplitScratch | None
+    query_quant: Any | None
 
     def forward(
         self,
@@ -151,7 +160,7 @@ class TreeAttention:
         if not isinstance(attn_metadata, TreeMetadata):
             return forward(
                 layer,
-                query,
+                self._quantized(layer, query),
                 key,
                 value,
                 kv_cache,
@@ -162,7 +171,8 @@ class TreeAttention:
             )
         n, rest = attn_metadata.num_tokens, attn_metadata.rest
         if rest is not None:
-            forward(layer, query[n:], key[n:], value[n:], kv_cache, rest, output[n:])
+            others = self._quantized(layer, query[n:])
+            forward(layer, others, key[n:], value[n:], kv_cache, rest, output[n:])
         fp8 = kv_cache.element_size() == 1
         cache = kv_cache.view(torch.float8_e4m3fn) if fp8 else kv_cache
         k_cache, v_cache = cache.transpose(1, 2).chunk(2, dim=-1)
@@ -173,12 +183,19 @@ class TreeAttention:
             attn_metadata.trees,
             output[:n],
             self.scale,  # type: ignore[attr-defined]
-            softcap=float(self.logits_soft_cap),  # type: ignore[attr-defined]
+            softcap=self.logits_soft_cap or 0.0,  # type: ignore[attr-defined]
             k_scale=layer._k_scale.view(1) if fp8 else None,
             v_scale=layer._v_scale.view(1) if fp8 else None,
             scratch=self.scratch,
         )
         return output
+
+    def _quantized(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
+        """Queries as the backend takes them: [n, num_heads, head_size]."""
+        if self.query_quant is None:
+            return query
+        rows, _ = self.query_quant(query.flatten(1), layer._q_scale)
+        return rows.view(query.shape)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Our kernel writes the model's dtype."""
@@ -189,6 +206,30 @@ def attention_layers(runner: "LookaheadModelRunner") -> dict[str, Attention]:
     return get_layers_from_vllm_config(runner.vllm_config, Attention)
 
 
+def _refuse(name: str, layer: Attention, dtype: torch.dtype) -> None:
+    """Raise for a layer that the tree kernel does not compute, by what it has."""
+    backend, cache = layer.attn_backend.get_name(), layer.kv_cache_dtype
+    fp8 = cache in FP8_CACHES
+    size, size_v = layer.head_size, layer.head_size_v
+    found = {
+        f"--attention-backend={backend}": backend not in BACKENDS,
+        "attention sinks": getattr(layer.impl, "sinks", None) is not None,
+        "sliding-window attention": layer.sliding_window is not None,
+        f"heads of {size} elements, more than 256": size > 256,
+        f"K heads of {size} and V heads of {size_v} elements": size != size_v,
+        f"--kv-cache-dtype={cache} for a model in {dtype}": not fp8
+        and layer.kv_cache_torch_dtype != dtype,
+        "K/V scales that differ by head": fp8
+        and not layer._k_scale.numel() == layer._v_scale.numel() == 1,
+    }
+    for what, is_so in found.items():
+        if is_so:
+            raise ValueError(
+                f"lookahead does not support {what} (layer {name}): use another, or "
+                "start without lookahead"
+            )
+
+
 def install_tree_attention(runner: "LookaheadModelRunner") -> None:
     """Teach the model's attention layers, and theirs alone, to read trees.
 
@@ -196,7 +237,15 @@ def install_tree_attention(runner: "LookaheadModelRunner") -> None:
         ValueError: an attention that the tree kernel does not compute.
     """
     layers = attention_layers(runner)
-    head_size = next(iter(layers.values())).head_size
+    for name, layer in layers.items():
+        _refuse(name, layer, runner.dtype)
+    head_sizes = {layer.head_size for layer in layers.values()}
+    if len(head_sizes) > 1:
+        raise ValueError(
+            f"lookahead needs one head size; this model has {sorted(head_sizes)}: "
+            "start without lookahead"
+        )
+    (head_size,) = head_sizes
     mixins, scratch = (TreeAttention,), None
     if current_platform.is_cpu():
         mixins = (TreeAttention, TorchAttention)  # type: ignore[assignment]
@@ -215,19 +264,12 @@ def install_tree_attention(runner: "LookaheadModelRunner") -> None:
         names = {"get_builder_cls": staticmethod(lambda: builder)}
         return type(f"Tree{backend.__name__}", (backend,), names)
 
-    for name, layer in layers.items():
+    for layer in layers.values():
         impl = layer.impl
-        if getattr(impl, "sinks", None) is not None:
-            raise ValueError(
-                f"lookahead does not support attention sinks (layer {name}): start "
-                "without lookahead"
-            )
         layer.impl = object.__new__(tree_impl(impl.__class__))
-        vars(layer.impl).update(vars(impl))
-        layer.attn_backend = tree_backend(layer.attn_backend)
-        # Queries stay in the model's dtype: fp8 ones are not what our kernel takes.
-        layer.impl.supports_quant_query_input = False
+        vars(layer.impl).update(vars(impl), query_quant=layer.query_quant)
         layer.query_quant = None
+        layer.attn_backend = tree_backend(layer.attn_backend)
 
 
 def slot_views(runner: "LookaheadModelRunner") -> list[torch.Tensor]:
