@@ -38,10 +38,16 @@ class LookaheadGPUWorker(BaseWorker):
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Memory for K/V, less what the pages take."""
+        specs = self.get_kv_cache_spec().values()
+        block_sizes = {spec.block_size for spec in specs}
+        if len(block_sizes) != 1:
+            raise ValueError(
+                "lookahead needs one kind of K/V cache; this model's blocks have "
+                f"{sorted(block_sizes)} tokens: start without lookahead"
+            )
         available = super().determine_available_memory()
-        (block_size,) = {s.block_size for s in self.get_kv_cache_spec().values()}
-        kv = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
-        page = page_bytes(block_size, self.model_runner.lookahead)
+        kv = sum(spec.page_size_bytes for spec in specs)
+        page = page_bytes(block_sizes.pop(), self.model_runner.lookahead)
         pages = available * page // (kv + page)
         logger.info(
             "Lookahead pages take %s GiB, %.2f%% of the K/V cache's memory",
