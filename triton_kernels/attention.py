@@ -10,10 +10,14 @@ Everything about a launch is a maximum known on the host, so that a CUDA graph c
 replay it for other trees and longer contexts.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import triton
 
 from vllm_lookahead.triton_kernels.attention_config import (
+    MAX_SPLITS,
     SplitScratch,
     TreeBatch,
     _config,
@@ -143,21 +147,69 @@ def tree_attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if num_splits > 1:
-        merge_splits_kernel[(num_rows, num_heads)](
-            target,
-            lse,
-            out,
-            batch.query_start_loc,
-            num_requests,
-            num_splits,
-            out.stride(0),
-            out.stride(1),
-            BLOCK_S=triton.next_power_of_2(num_splits),
-            HEAD_SIZE=head_size,
-            BLOCK_D=triton.next_power_of_2(head_size),
-            num_warps=1,
-        )
+    if num_splits > 1 and scratch is not None:
+        merge_splits(scratch, out, batch.query_start_loc, num_splits)
+
+
+def merge_splits(
+    scratch: SplitScratch,
+    out: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_splits: int,
+) -> None:
+    """Merge the parts of a split launch by their LSE.
+
+    Args:
+        scratch: where they are, [num_splits, N, Hq] of them.
+        out: [N, Hq, D], rows of no request are left alone.
+        query_start_loc: [B+1] int32.
+        num_splits: at least 2.
+    """
+    num_rows, num_heads, head_size = out.shape
+    expect("out", out, (-1, -1, head_size), *FLOATS, rows_apart=True)
+    expect("query_start_loc", query_start_loc, (-1,))
+    if scratch.lse.shape[0] < num_splits * num_rows * num_heads:
+        raise ValueError(f"scratch is too small for {num_splits} splits of {num_rows}")
+    merge_splits_kernel[(num_rows, num_heads)](
+        scratch.partial,
+        scratch.lse,
+        out,
+        query_start_loc,
+        query_start_loc.shape[0] - 1,
+        num_splits,
+        out.stride(0),
+        out.stride(1),
+        BLOCK_S=triton.next_power_of_2(num_splits),
+        HEAD_SIZE=head_size,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        num_warps=1,
+    )
+
+
+def warm_up(
+    attend: Callable[[TreeBatch], object],
+    batch: TreeBatch,
+    out: torch.Tensor,
+    group: int,
+    scratch: SplitScratch | None,
+) -> None:
+    """Compile every variant of a launch before a request waits for it.
+
+    Args:
+        attend: calls `tree_attention` as the engine does.
+        batch: of one request without rows; the widest tree and the longest context.
+        out: [1, Hq, D], as the engine's.
+        group: query heads per K/V head.
+        scratch: the engine's.
+    """
+    for rows in (16, 32, 64, 128):
+        size = min(batch.max_query_len, max(1, rows // group))
+        for longest in (1, batch.max_context_len):
+            attend(replace(batch, max_query_len=size, max_context_len=longest))
+    splits = 2
+    while scratch is not None and splits <= MAX_SPLITS:
+        merge_splits(scratch, out, batch.query_start_loc, splits)
+        splits *= 2
 
 
 def _check(

@@ -12,7 +12,7 @@ same alignment hints, same warps) and nothing runs:
 `compile_cases` works in a child process, for the interpreter cannot be switched
 off once Triton is imported. From a shell:
 
-    python -m tests.kernels.aot tests.kernels.aot_cases 90 [part of a case's name]
+    python -m tests.kernels.aot tests.kernels.aot_cases 90 [pattern of case names]
 """
 
 import functools
@@ -58,7 +58,7 @@ def compile_cases(
     Args:
         module: name of a module with `cases() -> {name: call of a launcher}`.
         archs: compute capabilities, 90 for sm_90.
-        only: compile the cases whose name contains this.
+        only: compile the cases in whose name this regular expression is found.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_INTERPRET"] = "0"
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> None:
     as_json = "--json" in arguments
     module, archs, *only = [a for a in arguments if a != "--json"]
     for case, launch in importlib.import_module(module).cases().items():
-        if only and only[0] not in case:
+        if only and not re.search(only[0], case):
             continue
         for arch in archs.split(","):
             for kernel in compile_launches(case, launch, int(arch)):

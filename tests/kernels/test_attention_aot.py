@@ -20,14 +20,24 @@ def compile_and_check(archs: list[int], only: str, spill_bytes: int = 0) -> None
     assert not too_big
 
 
-def test_main_configurations_do_not_spill():
-    """A tree of 120 nodes, split: the one that the speed of a step depends on."""
-    compile_and_check([80, 90, 100], "120-split")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_main_configurations_do_not_spill(arch):
+    """Heads of 128: trees of 120 nodes and plain requests, in splits and whole, GQA
+    and 32 heads on 32, an fp8 cache; and trees on heads of 64."""
+    only = "^main-128-(1|120)(-split)?$|^main-64-120-split$|^one-head-128"
+    compile_and_check([arch], only if arch < 89 else f"{only}|^fp8-120$")
+
+
+def test_nothing_compiles_after_the_warm_up():
+    warm = aot.compile_cases(MODULE, [90], "^warm-up$")
+    names = sorted(k.kernel for k in warm)
+    assert names == ["merge_splits_kernel"] * 5 + ["tree_attention_kernel"] * 8
+    assert len(aot.compile_cases(MODULE, [90], "^server$")) == len(warm)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize("only", ["main", "other", "gemma"])
+@pytest.mark.parametrize("only", ["main", "one-head", "other", "gemma"])
 def test_every_configuration_fits(arch, only):
     compile_and_check([arch], only)
 

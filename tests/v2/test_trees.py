@@ -213,6 +213,17 @@ def test_refusals(name: str, change: Any) -> None:
         slots.store(step.tree, torch.arange(SLOTS), drafts.int())
 
 
+@pytest.mark.parametrize("server", [(3, 3, 3), (2, 2, 3), (0, 2, 0)])
+def test_warming_up_touches_one_slot(server: tuple[int, int, int]) -> None:
+    params = LookaheadParams(*server)
+    t = params.max_tree_size
+    slots, step = TreeSlots(SLOTS, t, CPU), TreeStep(SLOTS, 64, params, CPU)
+    slots.columns.fill_(7)
+    step.warm_up(slots, torch.zeros(1, params.ngram_size - 1, dtype=torch.int64))
+    assert (slots.columns[:, 1:] == 7).all()
+    assert not step.position[1:].any() and not step.sampled.any()
+
+
 @pytest.mark.parametrize(
     ("num_drafts", "most", "nodes"),
     [(2, 99, 12), (2, 12, 12), (2, 11, 7), (2, 5, 5), (1, 99, 2), (2, 1, 1)],

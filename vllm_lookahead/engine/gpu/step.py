@@ -199,3 +199,31 @@ class TreeStep:
         input_batch.expanded_local_pos = self.row_local[:num_rows]
         input_batch.cu_num_logits = plan.cu_verified
         input_batch.cu_num_logits_np = plan.cu_verified_np
+
+    def warm_up(self, slots: TreeSlots, drafts: torch.Tensor) -> None:
+        """Compile the kernels of trees by slot, before any request has one.
+
+        Args:
+            slots: slot 0 is overwritten, as row 0 is.
+            drafts: [1, N-1] int64, out.
+        """
+        device = drafts.device
+        slot = torch.zeros(1, dtype=torch.int64, device=device)
+        slots.store(self.rows(1), slot, drafts)
+        one = torch.arange(3, dtype=torch.int32, device=device)
+        feed_trees(
+            self._fed,
+            self._logits_rows,
+            slots.columns,
+            slots.num_nodes,
+            slot,
+            one[:2],
+            one[1:2],
+            one[:1],
+            slot.expand(slots.num_nodes.shape[0])[:, None].contiguous(),
+            one[1:2].expand(3, 1).contiguous(),
+            one[2:],
+            one[:2],
+            one[1:],
+            num_trees=0,
+        )

@@ -10,6 +10,7 @@ from vllm.utils.mem_utils import format_gib
 
 from vllm_lookahead.core.pages import page_bytes
 from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.gpu.warm_up import warm_up
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
@@ -33,6 +34,7 @@ class LookaheadGPUWorker(BaseWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         self.model_runner.ask_model()
+        warm_up(self.model_runner)
         return super().compile_or_warm_up_model()
 
     @torch.inference_mode()
