@@ -97,8 +97,10 @@ def tree_attention(
         most = max(1, scratch.lse.shape[0] // (num_rows * num_heads))
     if num_splits is None:
         longest = batch.max_context_len or batch.block_table.shape[1] * block_size
-        programs = row_tiles * num_kv_heads * num_requests
-        num_splits = default_splits(programs, config, longest)
+        # Of many requests few can be wide: the rows say how many tiles have any.
+        tiles = num_requests + num_rows * group // config.block_m
+        tiles = min(tiles, row_tiles * num_requests)
+        num_splits = default_splits(tiles * num_kv_heads, config, longest)
     num_splits = min(num_splits, most)
     if num_splits > 1 and scratch is not None:
         target, lse = scratch.partial, scratch.lse

@@ -1,30 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which graph a step would replay. Nothing is captured: that takes a GPU."""
 
+import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
-T, REQUESTS = 120, 64
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.models import registry
+from vllm.v1.worker.gpu import cudagraph_utils
+
+from tests.hf_config import write_config
+from tests.scheduling import OFF, SIZES, Driver
+from vllm_lookahead.engine.gpu.cudagraph import (
+    PADDING,
+    REQUESTS,
+    LookaheadCudaGraphManager,
+)
+from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.gpu.sizes import RequestSizes
+from vllm_lookahead.engine.shares import MAX_TREE_TOKENS, nodes_within, tree_share
+from vllm_lookahead.engine.support import GPU_WORKER
+from vllm_lookahead.params import LookaheadParams
+
+FULL = LookaheadParams(**SIZES)
+T = FULL.max_tree_size
+PARAMS = [FULL, LookaheadParams(5, 5, 5), LookaheadParams(0, 8, 1)]
 
 
-@pytest.fixture
-def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from vllm.config.compilation import CUDAGraphMode
-    from vllm.v1.worker.gpu import cudagraph_utils
-
-    from vllm_lookahead.engine.gpu.cudagraph import LookaheadCudaGraphManager
-
+def make_manager(
+    monkeypatch: pytest.MonkeyPatch,
+    params: LookaheadParams = FULL,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 8192,
+) -> Any:
     one = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     platform = SimpleNamespace(get_global_graph_pool=lambda: None)
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: one)
     monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(
-            max_num_seqs=REQUESTS, max_num_batched_tokens=8192
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
         compilation_config=SimpleNamespace(
@@ -35,31 +56,131 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
     )
     manager = LookaheadCudaGraphManager(
-        config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, max_tree_size=T
+        config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, params=params
     )
     manager._graphs_captured = True
     return manager
 
 
-def test_uniform_trees(manager: Any) -> None:
-    for count in (1, 2, 5, 16):
-        desc = manager.dispatch(count, count * T, T, 0, max_query_len=T)
-        assert desc.cg_mode.name == "FULL"
-        assert desc.uniform_token_count == T
-        assert desc.num_reqs == {1: 1, 2: 2, 5: 6, 16: 16}[count]
-        assert desc.num_tokens == desc.num_reqs * T
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return make_manager(monkeypatch)
+
+
+def dispatch(manager: Any, widths: list[int]) -> Any:
+    """As the model runner does for a step without a prefill."""
+    most, count, num_tokens = max(widths), len(widths), sum(widths)
+    uniform = most if most * count == num_tokens else None
+    return manager.dispatch(count, num_tokens, uniform, 0, max_query_len=most)
+
+
+def tree_widths(params: LookaheadParams, count: int) -> list[int]:
+    """What the scheduler lets so many requests draft."""
+    tree, verified = params.max_tree_size, 1 + params.max_candidate_nodes
+    share = tree_share([tree] * count, MAX_TREE_TOKENS) if count else 0
+    return [nodes_within(tree, verified, share)] * count
+
+
+def fits(desc: Any, widths: list[int]) -> bool:
+    """Whether a full graph pads a batch with a quarter of it at most."""
+    real = sum(widths)
+    return (
+        desc.cg_mode == CUDAGraphMode.FULL
+        and real <= desc.num_tokens <= max(1.25 * real, real + PADDING)
+        and desc.num_reqs >= len(widths)
+    )
+
+
+def test_batches_of_the_scheduler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Scheduler, runner and graphs agree, from one request to as many as may run."""
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+    most = 64
+    manager = make_manager(monkeypatch, max_num_seqs=most)
+    driver = Driver(write_config(tmp_path, max_position_embeddings=65536), GPU_WORKER)
+    sizes = RequestSizes(most, FULL)
+    slots: dict[str, int] = {}
+    runner: Any = SimpleNamespace(
+        req_states=SimpleNamespace(req_id_to_index=slots),
+        sizes=sizes,
+        max_num_tokens=8192,
+        max_model_len=65536,
+    )
+    for count in range(1, most + 1):
+        extra = OFF if count % 3 == 0 else {}
+        (name,) = driver.add(20, **extra)
+        slots[name] = count - 1
+        params = driver.scheduler.requests[name].sampling_params
+        sizes.add_request(count - 1, params, chain=False)
+        driver.step()
+        output = LookaheadModelRunner.widen(runner, driver.step())
+        off = count // 3
+        widths = tree_widths(FULL, count - off) + [1] * off
+        assert sorted(output.num_scheduled_tokens.values()) == sorted(widths)
+        assert output.total_num_scheduled_tokens == sum(widths)
+        assert fits(dispatch(manager, widths), widths)
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_equal_widths(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that all draft, and alike, have a graph of that very width."""
+    manager = make_manager(monkeypatch, params)
+    for count in range(1, 257):
+        widths = tree_widths(params, count)
+        desc = dispatch(manager, widths)
+        assert desc.cg_mode == CUDAGraphMode.FULL
+        assert desc.uniform_token_count == widths[0]
+        assert count <= desc.num_reqs <= max(1.25 * count, count + PADDING)
+        assert desc.num_tokens == desc.num_reqs * widths[0]
+        if widths[0] > 1:
+            assert desc.num_reqs <= (1.25 * count if count > 2 else count)
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_trees_beside_single_tokens(
+    params: LookaheadParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(monkeypatch, params)
+    for drafting in range(1, 129):
+        for off in range(1, 257 - drafting):
+            widths = tree_widths(params, drafting) + [1] * off
+            desc = dispatch(manager, widths)
+            assert fits(desc, widths)
+            # Attention splits contexts by how many requests there may be.
+            most = next(n for n in (*REQUESTS, 256) if n >= len(widths))
+            assert desc.num_reqs == min(most, desc.num_tokens)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 200, 8192])
+def test_sizes_of_their_own(
+    max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any mix that fits the share has a full graph, if a wide one."""
+    manager = make_manager(monkeypatch, FULL, 48, max_num_batched_tokens)
+    draw = random.Random(0)
+    for _ in range(2000):
+        off = draw.randrange(20)
+        left = min(MAX_TREE_TOKENS, max_num_batched_tokens - off)
+        widths = [1] * off
+        while len(widths) < draw.randint(1, 48) and left > 1:
+            widths.append(draw.randint(1, min(left, T)))
+            left -= widths[-1]
+        if max(widths, default=1) > 1:
+            desc = dispatch(manager, widths)
+            assert desc.cg_mode == CUDAGraphMode.FULL
+            assert desc.num_tokens <= max_num_batched_tokens
 
 
 def test_mixed_widths(manager: Any) -> None:
-    desc = manager.dispatch(40, 2 * T + 38, None, 0, max_query_len=T)
-    assert desc.cg_mode.name == "FULL"
-    assert (desc.num_tokens, desc.max_query_len) == (3 * T, T)
-    assert desc.num_reqs == REQUESTS
+    desc = dispatch(manager, [T] + [1] * 3)
+    assert (desc.num_tokens, desc.max_query_len) == (123, T)
+    assert (desc.num_reqs, desc.uniform_token_count) == (4, None)
 
 
 def test_without_trees(manager: Any) -> None:
     """Not a graph of trees, which nobody prepared."""
-    desc = manager.dispatch(REQUESTS, REQUESTS, 1, 0, max_query_len=1)
+    desc = manager.dispatch(64, 64, 1, 0, max_query_len=1)
     assert (desc.cg_mode.name, desc.uniform_token_count) == ("FULL", 1)
     desc = manager.dispatch(3, 3, 1, 0, max_query_len=1)
     assert (desc.num_tokens, desc.uniform_token_count) == (4, 1)
@@ -72,11 +193,62 @@ def test_prefill(manager: Any) -> None:
     assert desc.cg_mode.name == "NONE"
 
 
-def test_capture_order(manager: Any) -> None:
-    from vllm.config.compilation import CUDAGraphMode
-
+@pytest.mark.parametrize("params", [*PARAMS, LookaheadParams(30, 5, 1)])
+def test_capture(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make_manager(monkeypatch, params)
     full = manager._capture_descs[CUDAGraphMode.FULL]
     sizes = [desc.num_tokens for desc in full]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(full)) == len(full) < 40
-    assert max(sizes) == 16 * T
+    assert len(set(full)) == len(full)
+    trees = [d for d in full if d.max_query_len or d.uniform_token_count > 1]
+    assert len(trees) <= (42 if params == FULL else 60)
+    assert max(d.num_tokens for d in trees) == MAX_TREE_TOKENS + 255
+    for desc in trees:  # as vLLM's dummy batch wants it
+        width = desc.max_query_len or desc.uniform_token_count
+        assert desc.num_reqs <= desc.num_tokens <= desc.num_reqs * width
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 2])
+def test_few_requests_split_contexts(
+    num_kv_heads: int, manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of few requests splits a long context, so that no SM idles."""
+    from vllm_lookahead.triton_kernels import attention, attention_config
+
+    launches: list[tuple[int, int, int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *args, **kwargs: launches.append(grid)
+
+    monkeypatch.setattr(attention, "tree_attention_kernel", Kernel())
+    monkeypatch.setattr(attention, "merge_splits_kernel", Kernel())
+    monkeypatch.setattr(attention_config, "num_sms", lambda: 132)
+    scratch = attention_config.SplitScratch.allocate(128, "cpu")
+    cache = torch.zeros(1, 16, num_kv_heads, 128, dtype=torch.bfloat16)
+    for desc in manager._capture_descs[CUDAGraphMode.FULL]:
+        if desc.max_query_len is None:
+            continue
+        count = desc.num_reqs
+        batch = attention_config.TreeBatch(
+            torch.zeros(count + 1, dtype=torch.int32),
+            torch.zeros(count, dtype=torch.int32),
+            torch.zeros(count, 1, dtype=torch.int32),
+            torch.zeros(count, T, 4, dtype=torch.int32),
+            T,
+            max_context_len=32768,
+        )
+        q = cache.new_zeros(desc.num_tokens, 4 * num_kv_heads, 128)
+        launches.clear()
+        attention.tree_attention(q, cache, cache, batch, q, 1.0, scratch=scratch)
+        splits = launches[0][1] // num_kv_heads
+        if count == 4 and (num_kv_heads == 2 or desc.num_tokens < 2 * T):
+            assert splits > 1
+        elif count > 64:
+            assert splits == 1
+
+
+def test_trees_of_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make_manager(monkeypatch, LookaheadParams(0, 2, 0))
+    full = manager._capture_descs[CUDAGraphMode.FULL]
+    assert {desc.uniform_token_count for desc in full} == {1}

@@ -4,13 +4,16 @@
 Three families, for steps without a prefill:
 
     plain    one token per request; vLLM's attention
-    uniform  a whole tree of T nodes per request; ours
+    uniform  as many nodes for each request; ours
     varlen   any mix of 1 to T nodes per request; ours
 
-A step with a prefill has vLLM's piecewise graphs. Graphs are counted in trees, not
-in tokens: at T = 120, vLLM's grid of sizes would hold a handful of useful ones.
+A step with a prefill has vLLM's piecewise graphs. Those of trees are for the batches
+that `LookaheadScheduler` makes: whole trees for a few requests, narrower ones for
+more, and one token for each request that drafts nothing.
 """
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
@@ -19,76 +22,119 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-# Beyond this many tokens a step of a 7B model takes far longer than its launches.
-MAX_GRAPH_TOKENS = 2048
-TREE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+from vllm_lookahead.engine.shares import COUNTS, MAX_TREE_TOKENS, nodes_within
+from vllm_lookahead.params import LookaheadParams
+
+# Most requests of a varlen graph. How far its attention splits contexts depends on
+# them, for they are all that is known when it is captured.
+REQUESTS = (4, 8, 16, 64)
+# Tokens that a varlen graph may pad a batch with: so few, or a quarter.
+PADDING = 16
 
 
-def tree_counts(
-    max_tree_size: int, max_num_reqs: int, max_num_tokens: int
-) -> list[int]:
-    """Batch sizes, in whole trees, to capture graphs for; ascending."""
-    limit = min(MAX_GRAPH_TOKENS, max_num_tokens)
-    return [n for n in TREE_COUNTS if n <= max_num_reqs and n * max_tree_size <= limit]
+def uniform_batches(
+    params: LookaheadParams, max_num_reqs: int, max_num_tokens: int
+) -> list[tuple[int, int]]:
+    """Most requests of a batch that drafts alike, and the nodes of each; ascending."""
+    batches = []
+    verified = 1 + params.max_candidate_nodes
+    for count in COUNTS:
+        share = min(MAX_TREE_TOKENS, max_num_tokens) // count
+        width = nodes_within(params.max_tree_size, verified, share)
+        if width == 1:
+            break
+        batches.append((min(count, max_num_reqs), width))
+        if count >= max_num_reqs:
+            break
+    return batches
+
+
+def mixed_batches(
+    params: LookaheadParams, max_num_reqs: int, max_num_tokens: int
+) -> list[tuple[int, int]]:
+    """Most requests and tokens of the varlen graphs; ascending."""
+    widths: list[int] = []  # by requests that draft, less one
+    for count, width in uniform_batches(params, max_num_reqs, max_num_tokens):
+        widths += [width] * (count - len(widths))
+    batches, first = [], 2
+    for last in [*(n for n in REQUESTS if n < max_num_reqs), max_num_reqs]:
+        # Requests with sizes of their own may fill the share to the last token.
+        sizes = {min(MAX_TREE_TOKENS + last - 1, last * params.max_tree_size)}
+        for count in range(first, last + 1):
+            for drafting, width in enumerate(widths[:count], 1):
+                sizes.add(drafting * width + count - drafting)
+        sizes = {min(size, max_num_tokens) for size in sizes}
+        batches += [(last, size) for size in _cover(sizes)]
+        first = last + 1
+    return batches
+
+
+def _cover(sizes: Iterable[int]) -> list[int]:
+    """Few of the sizes, so that the next one up is not much more than any."""
+    few: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        if not few or max(1.25 * size, size + PADDING) < few[-1]:
+            few.append(size)
+    return few[::-1]
 
 
 class LookaheadCudaGraphManager(ModelCudaGraphManager):
     """vLLM's graphs, as it would capture them without drafts, and those of trees."""
 
     def __init__(
-        self, vllm_config: Any, *args: Any, max_tree_size: int, **kwargs: Any
+        self, vllm_config: Any, *args: Any, params: LookaheadParams, **kwargs: Any
     ) -> None:
-        self.max_tree_size = max_tree_size
+        self.params = params
         super().__init__(vllm_config, *args, decode_query_len=1, **kwargs)
 
     def _init_candidates(self) -> None:
         super()._init_candidates()
         mode = self.cudagraph_mode
         if (
-            self.max_tree_size == 1
-            or not self.compilation_config.cudagraph_capture_sizes
+            not self.compilation_config.cudagraph_capture_sizes
             or not mode.separate_routine()
             or mode.decode_mode() != CUDAGraphMode.FULL
         ):
             return
-        size = self.max_tree_size
-        scheduler = self.vllm_config.scheduler_config
-        counts = tree_counts(size, self.max_num_reqs, scheduler.max_num_batched_tokens)
         captured = self._capture_descs.setdefault(CUDAGraphMode.FULL, [])
         for loras in self.lora_capture_cases:
-            previous = 0
-            for count in counts:
-                tokens = count * size
-                trees = [
-                    BatchExecutionDescriptor(
-                        cg_mode=CUDAGraphMode.FULL,
-                        num_tokens=tokens,
-                        num_reqs=count,
-                        uniform_token_count=size,
-                        num_active_loras=loras,
-                    ),
-                    BatchExecutionDescriptor(
-                        cg_mode=CUDAGraphMode.FULL,
-                        num_tokens=tokens,
-                        num_reqs=min(tokens, self.max_num_reqs),
-                        max_query_len=size,
-                        num_active_loras=loras,
-                    ),
-                ]
-                captured += trees
-                for tokens_run in range(previous + 1, tokens + 1):
-                    self._prefer(tokens_run, loras, trees)
-                previous = tokens
+            # The least general one goes before the others.
+            for desc, fewest in reversed(self._tree_graphs(loras)):
+                captured.append(desc)
+                for num_tokens in range(fewest, desc.num_tokens + 1):
+                    key = num_tokens, loras
+                    self._candidates.setdefault(key, []).insert(0, desc)
         # The largest first: it sizes the buffer that all of them write.
         captured.sort(key=lambda desc: desc.num_tokens, reverse=True)
 
-    def _prefer(
-        self, num_tokens: int, loras: int, trees: list[BatchExecutionDescriptor]
-    ) -> None:
-        """Full graphs before piecewise ones, the least general first."""
-        known = self._candidates.setdefault((num_tokens, loras), [])
-        full = sum(desc.cg_mode == CUDAGraphMode.FULL for desc in known)
-        known[full:full] = trees
+    def _tree_graphs(self, loras: int) -> list[tuple[BatchExecutionDescriptor, int]]:
+        """Graphs of trees, each with the fewest tokens that it is for."""
+        full = partial(
+            BatchExecutionDescriptor,
+            cg_mode=CUDAGraphMode.FULL,
+            num_active_loras=loras,
+        )
+        max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        limits = self.params, self.max_num_reqs, max_num_tokens
+        graphs, previous = [], 0
+        for count, width in uniform_batches(*limits):
+            desc = full(
+                num_tokens=count * width, num_reqs=count, uniform_token_count=width
+            )
+            graphs.append((desc, (previous + 1) * width))
+            previous = count
+        if not graphs:  # no tree has a second node
+            return graphs
+        largest: dict[int, int] = {}
+        for last, size in mixed_batches(*limits):
+            desc = full(
+                num_tokens=size,
+                num_reqs=min(size, last),
+                max_query_len=self.params.max_tree_size,
+            )
+            graphs.append((desc, largest.get(last, 1) + 1))
+            largest[last] = size
+        return graphs
 
     def dispatch(
         self,

@@ -112,7 +112,7 @@ class LookaheadModelRunner(BaseModelRunner):
             self.vllm_config,
             self.device,
             self.cudagraph_manager.cudagraph_mode,
-            max_tree_size=self.lookahead.max_tree_size,
+            params=self.lookahead,
             lora_capture_cases=self.lora_capture_cases,
         )
         if is_profiling:  # graphs are captured and dropped; no request runs
