@@ -81,15 +81,13 @@ def step_calls(
     verdict = ops.verify(tree, sampled, n)
     trials = torch.zeros(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
     hits = trials.clone()
-    mask = torch.empty(batch_size, tree.tokens.shape[1], tree.tokens.shape[1])
+    ancestors = tree.ancestors
     if isinstance(ops, NumbaOps):
-        fill_mask = lambda: ops.fill_mask(tree, mask)  # noqa: E731
-    else:
-        fill_mask = tree.ancestors
+        ancestors = lambda: ops.ancestors(tree)  # noqa: E731
     return {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
         "propose": lambda: ops.propose(pages, batch, chain_length, bigrams),
-        "mask": fill_mask,
+        "mask": ancestors,
         "verify": lambda: ops.verify(tree, sampled, n),
         "observe": lambda: ops.observe(tree, verdict, trials, hits),
         "compact": lambda: ops.compact([], batch, verdict, BLOCK_SIZE),

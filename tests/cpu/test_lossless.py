@@ -70,7 +70,7 @@ def test_chains_keep_the_kernels_of_vllm(engines: Engines, head_size: int) -> No
     ]
     jobs = in_batches([request(t, max_tokens=32) for t in texts] + seeded, 8)
     model = [0, 2, 0.08, head_size]
-    for lookahead in (POOL, TREE, POOL) if head_size == 32 else (POOL,):
+    for lookahead in (POOL, TREE, POOL):
         result = same_as_plain(engines, jobs, lookahead, model=model)
         assert result["metrics"][ACCEPTED] > 0
         kind = "ChainAttentionImpl" if lookahead is POOL else "TreeAttentionImpl"

@@ -9,6 +9,7 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import NUM_ORIGINS
+from vllm_lookahead.cpu_kernels import attention as attention_lib
 from vllm_lookahead.cpu_kernels import mask as mask_lib
 from vllm_lookahead.cpu_kernels import propose as propose_lib
 from vllm_lookahead.cpu_kernels import update as update_lib
@@ -23,7 +24,7 @@ class NumbaOps:
 
     write_tokens = staticmethod(update_lib.write_tokens)
     propose = staticmethod(propose_lib.propose)
-    fill_mask = staticmethod(mask_lib.fill_mask)
+    ancestors = staticmethod(mask_lib.ancestors)
     verify = staticmethod(verify_lib.verify)
     compact = staticmethod(verify_lib.compact)
     observe = staticmethod(verify_lib.observe)
@@ -63,8 +64,19 @@ def warm_up(
     )
     ops.write_tokens(pages, torch.tensor([0, 1]), torch.tensor([0, 0]))
     tree = ops.propose(pages, batch, chain_length)
-    size = tree.tokens.shape[1]
-    ops.fill_mask(tree, torch.empty(1, size, size))
+    tree_rows = attention_lib.TreeRows(
+        np.zeros(1, np.int64),
+        tree.num_nodes.numpy(),
+        batch.position.numpy(),
+        batch.block_table.numpy(),
+        ops.ancestors(tree),
+        tree.depths.numpy(),
+        covers_batch=True,
+    )
+    size, lanes = tree.tokens.shape[1], attention_lib.LANES
+    query, blocks = torch.zeros(size, 1, lanes), -(-(1 + size) // block_size)
+    cache = torch.zeros(1, 1, blocks * block_size, 2 * lanes)
+    attention_lib.tree_attention(query, cache, tree_rows, 1.0, query.clone())
     verdict = ops.verify(tree, torch.zeros_like(tree.tokens), params.ngram_size)
     ops.compact([], batch, verdict, block_size)
     slot = np.zeros((2, 1), np.int64)

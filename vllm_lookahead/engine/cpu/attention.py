@@ -3,11 +3,11 @@
 
 vLLM's C++ kernel serves every row: prompts, plain decodes, and trees that are one
 chain, for which causal order is tree order. Where no tree can be anything else, that
-is all. Trees that branch are attended again here, over the same paged cache, with
-the ancestor mask.
+is all. Trees that branch are attended here, over the same paged cache, each node over
+the context, its ancestors and itself.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,33 +19,18 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_lookahead.cpu_kernels.attention import DTYPES, TreeRows, tree_attention
 from vllm_lookahead.engine.bigrams import LoneTokens
 
-# How the C++ kernels of this ISA pack a block; see `kv_views`.
-REQUIRED_ISA = "vec"
-
-
-@dataclass
-class TreeRows:
-    """One branching tree's rows of the flat batch.
-
-    Attributes:
-        rows: the T tokens of the tree in the flat batch.
-        blocks: [n] int64, physical blocks of positions 0 to p+T-1.
-        length: p+T, slots that hold something.
-        bias: [g*T, T] float32, 0 where a node sees another, else -inf; once for
-            each of the g query heads of a K/V head.
-    """
-
-    rows: slice
-    blocks: torch.Tensor
-    length: int
-    bias: torch.Tensor
+# C++ kernels that pack a block as `kv_views` reads it.
+READABLE_ISAS = "vec", "vec16"
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn,
+       "fp8_e5m2": torch.float8_e5m2}  # fmt: skip
 
 
 @dataclass
 class TreeAttentionMetadata(CPUAttentionMetadata):
-    trees: list[TreeRows] = field(default_factory=list)
+    trees: TreeRows | None = None
 
 
 class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -63,13 +48,11 @@ class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
         # AMX packs K in tiles of its own; trees read the plain packing.
         if self.isa == "amx":
-            self.isa = REQUIRED_ISA
-        if self.isa != REQUIRED_ISA:
+            self.isa = "vec"
+        if self.isa not in READABLE_ISAS:
             raise ValueError(
-                f"drafts that branch cannot read a CPU's K/V packing {self.isa!r} "
-                f"(block_size={self.block_size}, head_size={self.head_dim}): use a "
-                "block_size that is a multiple of 32 and a model whose head size is, "
-                "or window_size=0 with verification_set_size=1"
+                f"drafts that branch cannot read this CPU's K/V packing {self.isa!r}: "
+                "use window_size=0 with verification_set_size=1"
             )
         super()._set_isa_to_layers(layer_names)
 
@@ -107,17 +90,38 @@ class TreeAttentionImpl(ChainAttentionImpl):
         output: torch.Tensor,
         **scales: Any,
     ) -> torch.Tensor:
-        super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, **scales
-        )
-        if isinstance(attn_metadata, TreeAttentionMetadata) and attn_metadata.trees:
-            keys, values = kv_views(kv_cache)
-            out = output.view(query.shape)
-            for tree in attn_metadata.trees:
-                out[tree.rows] = tree_attention(
-                    query[tree.rows], keys, values, tree, self.scale
-                )
+        trees = None
+        if isinstance(attn_metadata, TreeAttentionMetadata):
+            trees = attn_metadata.trees
+        if trees is None or not trees.covers_batch:
+            super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, **scales
+            )
+        if trees is not None:
+            self._attend_trees(layer, query, kv_cache, trees, output.view(query.shape))
         return output
+
+    def _attend_trees(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        trees: TreeRows,
+        out: torch.Tensor,
+    ) -> None:
+        """On one thread as vLLM's kernels would, to the last bit; else in PyTorch."""
+        as_vllm = kv_cache.dtype in DTYPES and not self.logits_soft_cap
+        if as_vllm and torch.get_num_threads() == 1:
+            tree_attention(query, kv_cache, trees, self.scale, out)
+            return
+        keys, values = kv_views(kv_cache)
+        if self.is_fp8_kv_cache:
+            keys = keys.view(FP8[self.kv_cache_dtype]).float() * layer._k_scale_float
+            values = values.view(FP8[self.kv_cache_dtype]).float()
+            values = values * layer._v_scale_float
+        masked_attention(
+            query, keys, values, trees, self.scale, self.logits_soft_cap, out
+        )
 
 
 class ChainAttentionBackend(CPUAttentionBackend):
@@ -163,35 +167,41 @@ def slot_views(kv_cache: torch.Tensor) -> list[torch.Tensor]:
     return [keys.permute(0, 3, 1, 2), values.permute(0, 2, 1, 3)]
 
 
-def tree_attention(
+def masked_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    tree: TreeRows,
+    trees: TreeRows,
     scale: float,
-) -> torch.Tensor:
-    """Attend one tree over its context and itself.
+    soft_cap: float,
+    out: torch.Tensor,
+) -> None:
+    """`cpu_kernels.attention.tree_attention` in PyTorch, up to rounding.
 
     Args:
-        query: [T, num_heads, head_size].
+        query: [num_rows, num_heads, head_size].
         keys, values: as `kv_views` gives them.
-        tree: where the K/V lies and who sees what.
+        trees: the rows to attend.
         scale: softmax scale.
-
-    Returns:
-        [T, num_heads, head_size].
+        soft_cap: of the logits; 0 for none.
+        out: as `query`; the rows of `trees` are written.
     """
-    num_nodes, num_heads, head_size = query.shape
-    kv_heads, length = keys.shape[1], tree.length
-    group = num_heads // kv_heads
-
-    # Slots beyond the tree are cut off, not masked: a NaN there would spread.
-    k = keys[tree.blocks].permute(1, 2, 0, 3).flatten(2)[..., :length]
-    v = values[tree.blocks].transpose(0, 1).flatten(1, 2)[:, :length]
-    q = query.view(num_nodes, kv_heads, group, head_size).permute(1, 2, 0, 3)
-    q = q.reshape(kv_heads, group * num_nodes, head_size)
-    scores = (q.float() * scale) @ k.float()
-    scores[..., -num_nodes:] += tree.bias
-    out = scores.softmax(-1) @ v.float()
-    out = out.view(kv_heads, group, num_nodes, head_size).permute(2, 0, 1, 3)
-    return out.reshape(query.shape).to(query.dtype)
+    num_heads, kv_heads = query.shape[1], keys.shape[1]
+    group, block_size = num_heads // kv_heads, keys.shape[3]
+    for b, first in enumerate(trees.first_row.tolist()):
+        n = int(trees.num_nodes[b])
+        length = int(trees.position[b]) + n
+        blocks = torch.from_numpy(trees.block_table[b, : -(-length // block_size)])
+        # Slots beyond the tree are cut off, not masked: a NaN there would spread.
+        k = keys[blocks.long()].permute(1, 2, 0, 3).flatten(2)[..., :length]
+        v = values[blocks.long()].transpose(0, 1).flatten(1, 2)[:, :length]
+        q = query[first : first + n].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
+        scores = (q.flatten(1, 2).float() * scale) @ k.float()  # [h, group * n, length]
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        unseen = ~torch.from_numpy(trees.sees[b, :n, :n]).repeat(group, 1)
+        scores[..., -n:].masked_fill_(unseen, -torch.inf)
+        attended = (scores.softmax(-1) @ v.float()).unflatten(1, (group, n))
+        out[first : first + n] = (
+            attended.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        )

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.cpu_kernels.attention import TreeRows
 from vllm_lookahead.cpu_kernels.layout import (
     POSITION,
     ROW,
@@ -17,7 +18,6 @@ from vllm_lookahead.cpu_kernels.layout import (
     lay_out,
     size_trees,
 )
-from vllm_lookahead.engine.cpu.attention import TreeRows
 
 if TYPE_CHECKING:
     from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
@@ -109,32 +109,19 @@ class TreeStep:
         runner.input_ids.np[at] = tokens
         runner.positions.numpy()[at] = position
 
-    def tree_rows(self, runner: "LookaheadCPUModelRunner") -> list[TreeRows]:
-        """The trees that branch, for attention."""
+    def tree_rows(self, runner: "LookaheadCPUModelRunner") -> TreeRows | None:
+        """The trees for attention, None where causal order will do."""
         if self.flat.is_chain.all():
-            return []
-        parents, num_nodes = self.tree.parents, self.tree.num_nodes
-        mask = torch.empty(*parents.shape, parents.shape[1])
-        runner.ops.fill_mask(self.tree, mask)
-        group = runner.model_config.get_num_attention_heads(
-            runner.parallel_config
-        ) // runner.model_config.get_num_kv_heads(runner.parallel_config)
-        trees = []
-        for b in np.nonzero(~self.flat.is_chain)[0]:
-            size = int(num_nodes[b])
-            length = int(self.batch.position[b]) + size
-            first = int(self.flat.start[self.rows[b]])
-            num_blocks = -(-length // runner.pages.block_size)
-            table = runner.input_batch.block_table[0].block_table.cpu[self.rows[b]]
-            trees.append(
-                TreeRows(
-                    slice(first, first + size),
-                    table[:num_blocks].long(),
-                    length,
-                    mask[b, :size, :size].repeat(group, 1),
-                )
-            )
-        return trees
+            return None
+        return TreeRows(
+            self.flat.start[self.rows],
+            self.tree.num_nodes.numpy(),
+            self.batch.position.numpy(),
+            self.batch.block_table.numpy(),
+            runner.ops.ancestors(self.tree),
+            self.tree.depths.numpy(),
+            self.only_decodes,
+        )
 
     def num_draft_tokens(self) -> dict[str, int]:
         """Longest candidate of each request: what vLLM's metrics call its drafts."""
