@@ -7,13 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from vllm_lookahead.triton_kernels import attention_config
 from vllm_lookahead.triton_kernels.attention import tree_attention
 from vllm_lookahead.triton_kernels.attention_config import (
     SplitScratch,
     TreeBatch,
     _config,
-    default_splits,
-    num_sms,
 )
 from vllm_lookahead.triton_kernels.attention_merged import merged_tree_attention
 from vllm_lookahead.triton_kernels.attention_reference import (
@@ -166,7 +165,7 @@ def test_head_sizes(head_size):
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
-@pytest.mark.parametrize("block_size", [16, 32, 48, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
 def test_blocks_and_layouts(block_size, heads_first):
     case = make_case(
         [17, 2],
@@ -184,6 +183,13 @@ def test_splits(splits):
     make_case([40, 1, 0, 5], [300, 0, 9, 63]).check(splits)
 
 
+def check_fp8(case: Case, splits: int) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this GPU")
+    factors = {"k_scale": torch.tensor([0.5]), "v_scale": torch.tensor([0.125])}
+    case.check(splits, **factors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     make_case([30, 1], [40, 65], dtype=dtype).check(splits=2)
@@ -191,10 +197,42 @@ def test_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fp8_cache(dtype):
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no fp8 on this GPU")
     case = make_case([30, 1], [40, 65], dtype=dtype, cache_dtype=torch.float8_e4m3fn)
-    case.check(splits=2, k_scale=torch.tensor([0.5]), v_scale=torch.tensor([0.125]))
+    check_fp8(case, splits=2)
+
+
+# Head size, block size, nodes and context of two requests: contexts that end a block,
+# begin one, or end a tile of 64 inside of one.
+LARGE = [
+    (64, 16, [128, 2], [1023, 48]),
+    (80, 32, [127, 1], [736, 33]),
+    (96, 48, [97, 3], [528, 47]),
+    (128, 64, [128, 1], [1024, 63]),
+    (128, 16, [120, 5], [1424, 15]),
+    (256, 128, [128, 3], [640, 127]),
+]
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "fp8"])
+@pytest.mark.parametrize("head_size, block_size, sizes, contexts", LARGE, ids=str)
+def test_large_trees_on_long_contexts(
+    head_size, block_size, sizes, contexts, precision
+):
+    fp8 = precision == "fp8"
+    case = make_case(
+        sizes,
+        contexts,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=torch.bfloat16 if fp8 else getattr(torch, precision),
+        cache_dtype=torch.float8_e4m3fn if fp8 else None,
+        heads=(2, 1) if precision == "bfloat16" else (1, 1),
+        heads_first=precision == "float16",
+    )
+    if fp8:
+        check_fp8(case, splits=3)
+    else:
+        case.check(splits=1 if precision == "bfloat16" else 4)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -275,7 +313,11 @@ def test_bits():
     assert (unpack_bits(pack_bits(seen))[:, :70] == seen).all()
 
 
-def test_splits_fill_the_gpu_and_fit_the_scratch():
+# An RTX 4090, an A100, an H200 and a B200.
+@pytest.mark.parametrize("sms, splits", [(128, 4), (108, 3), (132, 4), (148, 4)])
+def test_splits_fill_the_gpu_and_fit_the_scratch(monkeypatch, sms, splits):
+    monkeypatch.setattr(attention_config, "num_sms", lambda: sms)
+    splits_of = attention_config.default_splits.__wrapped__  # what it found, it keeps
     scratch = SplitScratch.allocate(8, "cpu")
     for heads, group in ((32, 1), (8, 4), (1, 8)):
         for size in (1, 16, 60, 120, 512):
@@ -283,13 +325,13 @@ def test_splits_fill_the_gpu_and_fit_the_scratch():
                 config = _config(128, group * size, 90)
                 tiles = -(-size * group // config.block_m)
                 programs = tiles * heads * requests
-                splits = default_splits(programs, config, 10**6)
-                assert splits >= 1
-                assert splits == 1 or programs < num_sms() * 2
-                rows = splits * requests * size * heads * group
-                assert splits == 1 or rows <= scratch.lse.shape[0]
-    assert default_splits(32, _config(128, 120, 90), 8192) == 4
-    assert default_splits(32, _config(128, 120, 90), 100) == 1
+                found = splits_of(programs, config, 10**6)
+                assert found >= 1
+                assert found == 1 or programs < sms * 2
+                rows = found * requests * size * heads * group
+                assert found == 1 or rows <= scratch.lse.shape[0]
+    assert splits_of(32, _config(128, 120, 90), 8192) == splits
+    assert splits_of(32, _config(128, 120, 90), 100) == 1
 
 
 @pytest.mark.parametrize(
