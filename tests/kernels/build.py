@@ -91,10 +91,10 @@ class AnySizeTritonOps(TritonOps):
         pages: BlockPages,
         batch: RequestBatch,
         chain_length: torch.Tensor,
-        bigrams: torch.Tensor | None = None,
+        *bigrams: torch.Tensor | None,
     ) -> DraftTree:
         self._resize(pages, len(batch.root), chain_length.shape[1])
-        return super().propose(pages, batch, chain_length, bigrams)
+        return super().propose(pages, batch, chain_length, *bigrams)
 
     def verify(
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int
