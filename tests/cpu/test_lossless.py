@@ -4,6 +4,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from tests.harness.engines import Engines
 from tests.harness.jobs import (
@@ -95,6 +96,15 @@ def test_low_precision(engines: Engines, dtype: str, lookahead: dict[str, int]) 
             likely = dict(one["logprobs"][parting])
             gap = likely[one["tokens"][parting]] - likely[other["tokens"][parting]]
             assert gap < (0.1 if dtype == "bfloat16" else 0.02)
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 caches want AVX-512"
+)
+def test_fp8_cache(engines: Engines) -> None:
+    jobs = in_batches([request(t, max_tokens=32) for t in prompts(24, seed=21)], 8)
+    result = same_as_plain(engines, jobs, FULL, kv_cache_dtype="fp8")
+    assert result["metrics"][ACCEPTED] > 0
 
 
 def test_mixed_batch(engines: Engines) -> None:
