@@ -29,7 +29,7 @@ from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.gpu.attention import install_tree_attention, slot_views
 from vllm_lookahead.engine.gpu.cudagraph import LookaheadCudaGraphManager
-from vllm_lookahead.engine.gpu.outputs import AsyncLookaheadOutput
+from vllm_lookahead.engine.gpu.outputs import AsyncLookaheadOutput, Drafted
 from vllm_lookahead.engine.gpu.sampling import sample_along_trees, uses_history
 from vllm_lookahead.engine.gpu.sizes import RequestSizes
 from vllm_lookahead.engine.gpu.speculator import LookaheadSpeculator
@@ -71,6 +71,7 @@ class LookaheadModelRunner(BaseModelRunner):
         self.speculator = LookaheadSpeculator(self)
         self.max_chunk_rows = get_max_chunk_logits(self.vocab_size)
         self.bigrams: torch.Tensor | None = None
+        self.drafted: Drafted | None = None  # of the step that is sampled
         self.pages: BlockPages
         self.slot_views: list[torch.Tensor]
         # No node of a tree lies further from its root.
@@ -229,9 +230,12 @@ class LookaheadModelRunner(BaseModelRunner):
         return block_tables, slot_mappings
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> Any:
-        self.step.attended = 0
-        self.step.position.zero_()
+        self.step.forget()
         return super().prepare_dummy_attn(*args, **kwargs)
+
+    def capture_model(self, *args: Any, **kwargs: Any) -> int:
+        self.step.forget()
+        return super().capture_model(*args, **kwargs)
 
     def sample(
         self,
@@ -239,30 +243,31 @@ class LookaheadModelRunner(BaseModelRunner):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        plan = self.step.plan
-        if not plan.num_trees:
+        d, step = self.step.plan.num_trees, self.step
+        if not d:
             return super().sample(hidden_states, input_batch, grammar_output)
+        self.drafted = Drafted(
+            input_batch.req_ids[:d],
+            step.longest[:d],
+            self.main_stream,
+            self.output_copy_stream,
+        )
         output, verdict = sample_along_trees(
             self, hidden_states, input_batch, grammar_output
         )
-        d, step = plan.num_trees, self.step
-        tree = step.rows(d)
-        batch = plan.batch(
+        batch = step.plan.batch(
             self.block_tables.input_block_tables[0], step.position[:d], step.root[:d]
         )
         self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
-        self.ops.update(self.pages, batch, tree, step.sampled_rows(d), verdict)
+        self.ops.update(self.pages, batch, step.rows(d), step.sampled_rows(d), verdict)
         return output, output.num_sampled, output.num_rejected
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        state = self.execute_model_state
+        self.drafted = None
         output = super().sample_tokens(grammar_output)
-        plan = self.step.plan
-        if state is None or not plan.num_trees:
+        if self.drafted is None:
             return output
-        d = plan.num_trees
-        request_ids = state.input_batch.req_ids[:d]
-        return AsyncLookaheadOutput(output, request_ids, self.step.longest[:d])
+        return AsyncLookaheadOutput(output, self.drafted)
 
     def shutdown(self) -> None:
         # Views keep the K/V cache alive.

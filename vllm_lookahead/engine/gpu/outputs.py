@@ -3,32 +3,44 @@
 
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import stream
 
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 
 
-class AsyncLookaheadOutput(AsyncModelRunnerOutput):
+class Drafted:
+    """How long each tree's longest candidate was, copied while the step goes on."""
+
     def __init__(
         self,
-        output: AsyncModelRunnerOutput,
         request_ids: list[str],
         longest: torch.Tensor,
+        main_stream: torch.cuda.Stream,
+        copy_stream: torch.cuda.Stream,
     ) -> None:
         """Start the copy.
 
         Args:
-            output: vLLM's.
             request_ids: those that were fed trees.
-            longest: as many int32, the length of each tree's longest candidate.
+            longest: as many int32; the next step may overwrite them.
+            main_stream: where `longest` is written.
+            copy_stream: where vLLM's output will be copied, after this.
         """
-        self.output = output
         self.request_ids = request_ids
-        self.longest = longest.to("cpu", non_blocking=True, copy=True)
-        self.copied = torch.cuda.Event(blocking=True)
-        self.copied.record()
+        self.longest = longest.clone()
+        with stream(copy_stream, main_stream):
+            copy_stream.wait_stream(main_stream)
+            self.lengths = self.longest.to("cpu", non_blocking=True, copy=True)
+
+
+class AsyncLookaheadOutput(AsyncModelRunnerOutput):
+    """vLLM's output and `drafted`, which is there once vLLM's is."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, drafted: Drafted) -> None:
+        self.output = output
+        self.drafted = drafted
 
     def get_output(self) -> ModelRunnerOutput:
-        output = self.output.get_output()
-        self.copied.synchronize()
-        drafted = zip(self.request_ids, self.longest.tolist(), strict=True)
-        return LookaheadModelRunnerOutput.wrap(output, dict(drafted))
+        output, drafted = self.output.get_output(), self.drafted
+        lengths = zip(drafted.request_ids, drafted.lengths.tolist(), strict=True)
+        return LookaheadModelRunnerOutput.wrap(output, dict(lengths))

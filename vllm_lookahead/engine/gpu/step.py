@@ -156,6 +156,11 @@ class TreeStep:
         """Whether no request of the step attends otherwise than as a tree."""
         return self.attended == self.plan.num_requests
 
+    def forget(self) -> None:
+        """Make a dummy batch read no tree, nor a context, of the step before."""
+        self.attended = 0
+        self.position.zero_()
+
     def rows(self, end: int, first: int = 0) -> DraftTree:
         """The trees of requests first..end-1."""
         columns, num_nodes = self._columns, self.tree.num_nodes

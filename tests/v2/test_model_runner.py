@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the runner does what, around vLLM's own steps."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm_lookahead.engine.gpu import model_runner, outputs
+from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.gpu.step import TreeStep
+from vllm_lookahead.params import LookaheadParams
+
+
+class Recorder:
+    """Takes down what is called of it."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.calls.append(name)
+
+
+@pytest.fixture
+def runner() -> Any:
+    runner = object.__new__(LookaheadModelRunner)
+    runner.step = TreeStep(4, 64, LookaheadParams(3, 3, 3), torch.device("cpu"))
+    return runner
+
+
+@pytest.mark.parametrize("name", ["capture_model", "prepare_dummy_attn"])
+def test_dummy_batches_read_no_tree(
+    name: str, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def upstream(self: Any, *args: Any) -> tuple[int, int]:
+        return self.step.attended, int(self.step.position.abs().sum())
+
+    monkeypatch.setattr(model_runner.BaseModelRunner, name, upstream)
+    runner.step.attended = 3
+    runner.step.position.fill_(1000)
+    assert getattr(runner, name)() == (0, 0)
+
+
+def test_the_output_does_not_wait_for_the_next_trees(
+    runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was drafted is on its way before the step is sampled, let alone drafted."""
+    calls: list[str] = []
+    step = runner.step
+    step.longest[:] = torch.tensor([2, 0, 1, 9])
+    step.plan = SimpleNamespace(num_trees=3, batch=lambda *args: None)
+    runner.ops = runner.main_stream = Recorder(calls)
+    runner.output_copy_stream = Recorder(calls)
+    runner.block_tables = SimpleNamespace(input_block_tables=[None])
+    runner.slot_views, runner.pages = [], SimpleNamespace(block_size=16)
+    result = SimpleNamespace(num_sampled=None, num_rejected=None)
+
+    def sample(*args: Any) -> tuple[Any, Any]:
+        calls.append("sample")
+        return result, None
+
+    def upstream(self: Any, grammar_output: Any) -> Any:
+        batch: Any = SimpleNamespace(req_ids=["a", "b", "c", "d"])
+        self.sample(None, batch, grammar_output)
+        calls.append("propose")
+        step.longest.zero_()  # the next step
+        return SimpleNamespace(get_output=lambda: "output")
+
+    monkeypatch.setattr(model_runner, "sample_along_trees", sample)
+    monkeypatch.setattr(model_runner.BaseModelRunner, "sample_tokens", upstream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    wrap = SimpleNamespace(wrap=lambda output, drafted: (output, drafted))
+    monkeypatch.setattr(outputs, "LookaheadModelRunnerOutput", wrap)
+    output = runner.sample_tokens(None)
+    assert calls == ["wait_stream", "sample", "compact", "update", "propose"]
+    assert output.get_output() == ("output", {"a": 2, "b": 0, "c": 1})
+
+    step.plan.num_trees = 0
+    monkeypatch.setattr(
+        model_runner.BaseModelRunner, "sample_tokens", lambda *args: "plain"
+    )
+    assert runner.sample_tokens(None) == "plain"
