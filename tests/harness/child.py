@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process that runs engines, one at a time, on request.
 
-Each line of stdin is a job: {"model", "lookahead", "engine", "batches"}; each line
-written to the pipe of file descriptor `sys.argv[1]` is its result. An engine serves
-every job that asks for the same one in a row.
+Each line of stdin is a job: {"model", "lookahead", "engine", "batches", "watch"}; each
+line written to the pipe of file descriptor `sys.argv[1]` is its result. An engine
+serves every job that asks for the same one in a row.
 """
 
 import functools
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from interpreter import stand_in, use_oracles
+from interpreter import patch_language_once, stand_in
 from models import make_model
 
 ENGINE = {
@@ -32,8 +32,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-
-
+WATCHED = ("waits", "allocated", "steps")
 numbers = itertools.count()
 
 
@@ -42,14 +41,16 @@ class Engines:
         self.models = models
         self.key: str | None = None
         self.llm: Any = None
+        self.chunks: Chunks
+        self.watch: Any = None
 
     def get(self, job: dict[str, Any]) -> Any:
         from vllm import LLM
 
-        wanted = {k: job.get(k) for k in ("model", "lookahead", "engine")}
+        wanted = {k: job.get(k) for k in ("model", "lookahead", "engine", "watch")}
         key = json.dumps(wanted)
         if key != self.key:
-            self.key, self.llm = None, None
+            self.key, self.llm, self.watch = None, None, None
             model = self.models / "-".join(map(str, job["model"]))
             if not model.exists():
                 make_model(model, *job["model"])
@@ -58,8 +59,34 @@ class Engines:
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
+            self.chunks = Chunks(scheduler(self.llm))
+            if job.get("watch"):
+                from watch import WatchedSteps
+
+                self.watch = WatchedSteps(model_runner(self.llm))
             self.key = key
         return self.llm
+
+
+class Chunks:
+    """Counts the steps that read a part of a prompt, and those beside drafts."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.steps = self.beside_drafts = 0
+        schedule = scheduler.schedule
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            running = [scheduler.requests[r] for r in output.num_scheduled_tokens]
+            if any(r.num_computed_tokens < r.num_prompt_tokens for r in running):
+                drafts = output.scheduled_spec_decode_tokens
+                self.steps += 1
+                # vLLM gives drafts to new requests, too, that nobody made.
+                cached = output.scheduled_cached_reqs.req_ids
+                self.beside_drafts += any(drafts.get(r) for r in cached)
+            return output
+
+        scheduler.schedule = counted
 
 
 def logits_in_chunks(rows: int | None) -> AbstractContextManager:
@@ -71,7 +98,8 @@ def logits_in_chunks(rows: int | None) -> AbstractContextManager:
 
 def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     llm = engines.get(job)
-    before = counters(llm)
+    before, chunks = counters(llm), engines.chunks
+    chunks.steps = chunks.beside_drafts = 0
     start = time.perf_counter()
     outputs, samples, usage = [], [], []
     for batch in job["batches"]:
@@ -102,6 +130,9 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
         "metrics": {k: v - before.get(k, 0) for k, v in after.items()},
         "scheduler": type(scheduler(llm)).__name__,
         "attention": attention(llm),
+        "chunks": [chunks.steps, chunks.beside_drafts],
+        "watched": engines.watch
+        and {name: getattr(engines.watch, name) for name in WATCHED},
     }
 
 
@@ -155,6 +186,10 @@ def scheduler(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def model_runner(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 def attention(llm: Any) -> str:
     """The class that attends."""
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
@@ -163,7 +198,7 @@ def attention(llm: Any) -> str:
 
 def num_ngrams(llm: Any, name: str, position: int) -> int:
     """Jacobi n-grams in the pages of a running request's first `position` tokens."""
-    runner = llm.llm_engine.model_executor.driver_worker.model_runner
+    runner = model_runner(llm)
     inputs, pages = runner.input_batch, runner.pages
     (row,) = (i for r, i in inputs.req_id_to_index.items() if r.startswith(f"{name}-"))
     num_blocks = -(-position // pages.block_size)
@@ -195,8 +230,8 @@ def override_kernels_once() -> None:
 def main() -> None:
     stand_in()
     override_kernels_once()
-    if os.environ.get("LOOKAHEAD_ORACLES"):
-        use_oracles()
+    if os.environ["TRITON_INTERPRET"] == "1":
+        patch_language_once()
     with os.fdopen(int(sys.argv[1]), "w") as results:
         engines = Engines(Path(sys.argv[2]))
         for job in jobs():

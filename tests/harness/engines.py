@@ -44,9 +44,11 @@ class Child:
             pytest.fail(f"{result['error']}\n{self.log.read_text()[-6000:]}")
         return result
 
-    def close(self) -> None:
+    def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def wait(self) -> None:
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -54,15 +56,10 @@ class Child:
 
 
 class Engines:
-    """Plain and lookahead engines, a process each; only one works at a time.
+    """Plain and lookahead engines, a process each; only one works at a time."""
 
-    `plain` may be another one's, so that there is no second process for the same.
-    """
-
-    def __init__(
-        self, folder: Path, env: dict[str, str], plain: "Engines | None" = None
-    ) -> None:
-        self.folder, self.env, self.plain = folder, env, plain
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        self.folder, self.env = folder, env
         self.children: dict[bool, Child] = {}
         self.known: dict[str, dict[str, Any]] = {}
 
@@ -72,6 +69,7 @@ class Engines:
         lookahead: dict[str, int] | None = None,
         *,
         model: list[int] = MODEL,
+        watch: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
         """Run batches one after the other.
@@ -80,12 +78,12 @@ class Engines:
             batches: lists of {"prompt": token ids, "params": SamplingParams}.
             lookahead: sizes, or None for plain decoding.
             model: arguments of `make_model`.
+            watch: every step, for what makes a GPU's host wait.
             options: of `LLM`.
         """
-        if lookahead is None and self.plain is not None:
-            return self.plain.run(batches, model=model, **options)
         job: dict[str, Any] = {"model": model, "engine": options, "batches": batches}
         job["lookahead"] = lookahead and {"method": "lookahead", **lookahead}
+        job["watch"] = watch
         plain = lookahead is None
         key = json.dumps(job)
         if plain and key in self.known:
@@ -101,12 +99,12 @@ class Engines:
 
     def close(self) -> None:
         for child in self.children.values():
-            child.close()
+            child.end()
+        for child in self.children.values():
+            child.wait()
 
 
-def serve_engines(
-    folder: Path, env: dict[str, str], plain: Engines | None = None
-) -> Iterator[Engines]:
-    engines = Engines(folder, env, plain)
+def serve_engines(folder: Path, env: dict[str, str]) -> Iterator[Engines]:
+    engines = Engines(folder, env)
     yield engines
     engines.close()

@@ -11,21 +11,11 @@ pytest.importorskip("vllm")
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """The V2 engine on the oracles of its kernels: the engine alone is under test."""
-    env = v2_environment(LOOKAHEAD_ORACLES="1")
-    yield from serve_engines(tmp_path_factory.mktemp("v2"), env)
-
-
-@pytest.fixture(scope="session")
-def kernels(
-    engines: Engines, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Engines]:
-    """The V2 engine as it is, on Triton kernels."""
-    folder = tmp_path_factory.mktemp("kernels")
-    yield from serve_engines(folder, v2_environment(), engines)
+    """Engines of the V2 runner, their Triton kernels interpreted."""
+    yield from serve_engines(tmp_path_factory.mktemp("v2"), v2_environment())
 
 
 @pytest.fixture(scope="session")
 def v1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """Engines of the V1 runner, without Triton."""
+    """Engines of the V1 runner, without Triton: what a CPU serves with."""
     yield from serve_engines(tmp_path_factory.mktemp("v1"), v1_environment())

@@ -16,7 +16,9 @@ from tests.harness.jobs import (
     prompts,
     request,
     same_as_plain,
+    same_but_for_ties,
     same_logprobs,
+    same_outputs,
 )
 
 
@@ -24,30 +26,46 @@ def in_fours(requests: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return in_batches(requests, 4)
 
 
-def test_greedy(kernels: Engines) -> None:
-    jobs = in_fours([request(p) for p in prompts(8, seed=1)])
-    metrics = same_as_plain(kernels, jobs)["metrics"]
+TEXTS = prompts(20, seed=1)
+GREEDY = in_fours([request(t, max_tokens=7 + i % 5) for i, t in enumerate(TEXTS)])
+SAMPLERS: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 0.9, "top_k": 20},
+    {"temperature": 0.5, "min_p": 0.05},
+]
+SEEDED = in_fours(
+    [
+        request(t, max_tokens=7 + i % 5, seed=i, **SAMPLERS[i % 4])
+        for i, t in enumerate(TEXTS)
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def greedy(engines: Engines) -> dict[str, Any]:
+    return engines.run(GREEDY, SMALL)
+
+
+def test_greedy(engines: Engines, greedy: dict[str, Any]) -> None:
+    same_outputs(engines.run(GREEDY), greedy)
+    metrics = greedy["metrics"]
     assert metrics[ACCEPTED] > 0
     assert metrics["vllm:spec_decode_num_draft_tokens"] <= 2 * metrics[DRAFTS]
 
 
-def test_seeded(kernels: Engines) -> None:
-    sampling = [
-        {"temperature": 0.7},
-        {"temperature": 0.7, "top_p": 0.9},
-        {"temperature": 0.9, "top_k": 20},
-        {"temperature": 0.5, "min_p": 0.05},
-    ]
-    jobs = in_fours(
-        [
-            request(p, seed=i, **sampling[i % 4])
-            for i, p in enumerate(prompts(8, seed=2))
-        ]
-    )
-    assert same_as_plain(kernels, jobs)["metrics"][ACCEPTED] > 0
+def test_seeded(engines: Engines) -> None:
+    """The prompts of `test_greedy`."""
+    assert same_as_plain(engines, SEEDED)["metrics"][ACCEPTED] > 0
 
 
-def test_mixed_batch(kernels: Engines) -> None:
+def test_same_as_cpu_engine(greedy: dict[str, Any], v1: Engines) -> None:
+    result = v1.run(GREEDY, SMALL)
+    assert result["metrics"][ACCEPTED] > 0
+    same_outputs(result, greedy)
+
+
+def test_mixed_batch(engines: Engines) -> None:
     """Off, smaller than the server's, sampled and greedy side by side."""
     texts = prompts(8, seed=3)
     extra = [
@@ -60,7 +78,7 @@ def test_mixed_batch(kernels: Engines) -> None:
     for i, text in enumerate(texts):
         own = {} if i < 4 else {"temperature": 0.8, "seed": 9}
         requests.append(request(text, extra_args=extra[i % 4], **own))
-    same_as_plain(kernels, in_fours(requests))
+    same_as_plain(engines, in_fours(requests))
 
 
 def test_switched_off(engines: Engines) -> None:
@@ -68,12 +86,12 @@ def test_switched_off(engines: Engines) -> None:
     assert same_as_plain(engines, jobs)["metrics"].get(DRAFTS, 0) == 0
 
 
-def test_prefix_caching(kernels: Engines) -> None:
+def test_prefix_caching(engines: Engines) -> None:
     shared = prompts(1, seed=5, longest=1)[0] * 3 + list(range(2, 72))
     tails = prompts(4, seed=6, longest=9)
     jobs = [[request(shared + tail)] for tail in tails[:2]]
     jobs.append([request(shared + tail) for tail in tails])
-    result = same_as_plain(kernels, jobs)
+    result = same_as_plain(engines, jobs)
     assert all(output["cached"] >= 64 for output in result["outputs"][1:])
 
 
@@ -128,35 +146,6 @@ def test_grammar(engines: Engines) -> None:
     same_as_plain(engines, jobs)
 
 
-def test_chunked_prefill(engines: Engines) -> None:
-    long = prompts(1, seed=11)[0] + list(range(2, 75))
-    jobs = [[request(prompts(1, seed=12, longest=5)[0]), request(long[:80])]]
-    same_as_plain(engines, jobs, **TIGHT)
-
-
-def test_preemption(engines: Engines) -> None:
-    texts = [list(range(i, i + 30)) for i in (2, 20, 40, 60)]
-    result = same_as_plain(
-        engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT
-    )
-    assert result["metrics"]["vllm:num_preemptions"] > 0
-
-
-def test_max_model_len(engines: Engines) -> None:
-    texts = [list(range(2, 2 + n)) for n in (80, 84, 90)]
-    result = same_as_plain(
-        engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT
-    )
-    assert {len(o["tokens"]) for o in result["outputs"]} == {16, 12, 6}
-
-
-def test_same_as_v1(engines: Engines, v1: Engines) -> None:
-    jobs = in_fours([request(p) for p in prompts(8, seed=1)])
-    expected = v1.run(jobs)["outputs"]
-    result = engines.run(jobs, SMALL)["outputs"]
-    assert [o["tokens"] for o in result] == [o["tokens"] for o in expected]
-
-
 def test_logits_in_chunks(engines: Engines) -> None:
     """More rows than fit at once, with a grammar and logprobs among them."""
     a, b, c, d = prompts(4, seed=13)
@@ -169,18 +158,66 @@ def test_logits_in_chunks(engines: Engines) -> None:
         ]
     ]
     plain = engines.run(jobs)
-    result = engines.run(jobs, SMALL, chunk_rows=12)
-    for one, other in zip(plain["outputs"], result["outputs"], strict=True):
-        assert other["tokens"] == one["tokens"]
-    assert len(result["outputs"][0]["logprobs"]) == 12
+    result = engines.run(jobs, SMALL, chunk_rows=12, watch=True)
+    assert not result["watched"]["waits"]
+    same_outputs(plain, result)
+    same_logprobs(plain, result)
+
+
+def test_chunked_prefill(engines: Engines) -> None:
+    """Prompts in four chunks, beside a request whose tree has room in the step."""
+    long = prompts(1, seed=11)[0] + list(range(2, 75))
+    sampled = {"temperature": 0.8, "seed": 4}
+    jobs = [[request([5, 6, 7]), request(long[:80], **sampled)]]
+    jobs.append([request([8, 9], **sampled), request(long[3:83])])
+    options = TIGHT | {"long_prefill_token_threshold": 24}
+    result = same_as_plain(engines, jobs, **options)
+    assert result["chunks"] == [6, 4]
+
+
+def test_preemption(engines: Engines) -> None:
+    """Greedy and seeded requests, each after some tokens of its own."""
+    own: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 4}] * 2
+    texts = [list(range(i, i + 50)) for i in (2, 15, 28, 41)]
+    jobs = [[request(t, max_tokens=14, **o) for t, o in zip(texts, own, strict=True)]]
+    result = same_as_plain(engines, jobs, **TIGHT)
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+
+
+def test_max_model_len(engines: Engines) -> None:
+    texts = [list(range(2, 2 + n)) for n in (80, 84, 90)]
+    result = same_as_plain(
+        engines, [[request(t, max_tokens=40) for t in texts]], **TIGHT
+    )
+    assert {len(o["tokens"]) for o in result["outputs"]} == {16, 12, 6}
+
+
+def test_another_shape(engines: Engines) -> None:
+    """Heads of 64, one K/V head for all, blocks of 64 that fill up and are shared."""
+    shared = list(range(2, 60))
+    jobs = [[request(shared, max_tokens=12)]]
+    jobs.append([request(shared + t, max_tokens=8) for t in prompts(3, 15, longest=9)])
+    options = {"model": [0, 1, 0.08, 64], "block_size": 64}
+    result = same_as_plain(engines, jobs, **options)
+    assert result["metrics"][ACCEPTED] > 0
+
+
+def test_bf16(engines: Engines) -> None:
+    """Outputs part ways only where plain vLLM's two likeliest tokens tie."""
+    texts = prompts(8, seed=9)
+    plain = engines.run(
+        in_fours([request(t, logprobs=4) for t in texts]), dtype="bfloat16"
+    )
+    result = engines.run(in_fours([request(t) for t in texts]), SMALL, dtype="bfloat16")
+    assert result["metrics"][ACCEPTED] > 0
+    same_but_for_ties(plain, result, gap=0.1)
 
 
 @pytest.mark.slow
 def test_synchronous(engines: Engines) -> None:
     jobs = in_fours([request(p) for p in prompts(4, seed=14)])
-    result = engines.run(jobs, SMALL, async_scheduling=False)["outputs"]
-    plain = engines.run(jobs)["outputs"]
-    assert [o["tokens"] for o in result] == [o["tokens"] for o in plain]
+    result = engines.run(jobs, SMALL, async_scheduling=False)
+    same_outputs(engines.run(jobs), result)
 
 
 @pytest.mark.slow
