@@ -49,6 +49,7 @@ class LookaheadScheduler(Scheduler):
             self.max_num_running_reqs + 1
         )
         self.most_nodes = self.lookahead.max_tree_size
+        self.tree = self.most_nodes, 1 + self.lookahead.max_candidate_nodes
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
         # Only the GPU engine's trees share a step's tokens.
@@ -68,6 +69,13 @@ class LookaheadScheduler(Scheduler):
             return None
         return request_params(sampling.extra_args, self.lookahead)
 
+    def tree_sizes(self, request: Request) -> tuple[int, int]:
+        """T of a request that drafts, and the root with the candidates among it."""
+        params = self.params(request) or self.lookahead
+        if params is self.lookahead:
+            return self.tree
+        return params.max_tree_size, 1 + params.max_candidate_nodes
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.make_room()
         output = super().schedule(*args, **kwargs)
@@ -80,18 +88,17 @@ class LookaheadScheduler(Scheduler):
         more than half of what it could have.
         """
         drafting = [r for r in self.running if r.spec_token_ids]
-        sizes = [self.params(request) or self.lookahead for request in drafting]
+        sizes = [self.tree_sizes(request) for request in drafting]
         if drafting and self.trees_share:
-            trees = [params.max_tree_size for params in sizes]
             budget = min(MAX_TREE_TOKENS, self.input_tokens)
-            self.most_nodes = tree_share(trees, budget)
+            self.most_nodes = tree_share([tree for tree, _ in sizes], budget)
         self.uncounted.clear()
         free = self.input_tokens
-        for request, params in zip(drafting, sizes, strict=True):
-            verified = 1 + params.max_candidate_nodes
-            nodes = nodes_within(params.max_tree_size, verified, self.most_nodes)
+        for request, (tree, verified) in zip(drafting, sizes, strict=True):
+            nodes = nodes_within(tree, verified, self.most_nodes)
             # No more than its nodes can be accepted.
-            request.spec_token_ids = request.spec_token_ids[: nodes - 1]
+            if len(request.spec_token_ids) >= nodes:
+                request.spec_token_ids = request.spec_token_ids[: nodes - 1]
             narrow = 1 + len(request.spec_token_ids)
             self.uncounted[request.request_id] = nodes - narrow
             free -= narrow
