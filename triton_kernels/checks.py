@@ -25,8 +25,10 @@ def expect(
         rows_apart: only the last dimension must be contiguous, not the whole.
     """
     dtypes = dtypes or (torch.int32,)
-    fits = len(tensor.shape) == len(shape) and all(
-        want in (-1, size) for want, size in zip(shape, tensor.shape, strict=True)
+    size = tensor.shape
+    fits = size == shape or (
+        len(size) == len(shape)
+        and all(want in (-1, n) for want, n in zip(shape, size, strict=True))
     )
     dense = tensor.stride(-1) == 1 if rows_apart else tensor.is_contiguous()
     if fits and tensor.dtype in dtypes and (dense or not tensor.numel()):
