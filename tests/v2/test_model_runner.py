@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from tests.harness.engines import Engines
+from tests.harness.jobs import ACCEPTED, prompts, request, same_as_plain
 from vllm_lookahead.engine.gpu import model_runner, outputs
 from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.gpu.step import TreeStep
@@ -84,3 +86,15 @@ def test_the_output_does_not_wait_for_the_next_trees(
         model_runner.BaseModelRunner, "sample_tokens", lambda *args: "plain"
     )
     assert runner.sample_tokens(None) == "plain"
+
+
+@pytest.mark.parametrize("budget", [8, 17])
+def test_trees_narrower_than_n(engines: Engines, budget: int) -> None:
+    """Of four requests, which share the step with prefills and with one another."""
+    texts = [(p * 9)[: 9 + i] for i, p in enumerate(prompts(5, seed=40, longest=4))]
+    lengths = (8, 14, 12, 16, 6)
+    batch = [request(t, max_tokens=n) for t, n in zip(texts, lengths, strict=True)]
+    batch[1]["params"]["extra_args"] = {"lookahead_ngram_size": 3}
+    sizes = {"window_size": 3, "ngram_size": 5, "verification_set_size": 3}
+    result = same_as_plain(engines, [batch], sizes, max_num_batched_tokens=budget)
+    assert result["metrics"][ACCEPTED] > 5
