@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler alone: what a step's trees leave to prefills, and what they hold."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from vllm.model_executor.models import registry
 from tests.hf_config import write_config
 from tests.scheduling import BATCHED, BLOCK, OFF, Driver, N, T
 from vllm_lookahead.engine import support
-from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
+from vllm_lookahead.engine.shares import MAX_TREE_TOKENS, nodes_within, tree_share
 
 
 @pytest.fixture
@@ -87,3 +88,13 @@ def test_trees_leave_half_of_a_small_budget(make: Any) -> None:
     assert output.most_nodes == T
     assert {output.num_scheduled_tokens[name] for name in ids} == {N}
     assert output.num_scheduled_tokens[long] == (BATCHED - 200 * N) // 2
+
+
+def test_shares_fit_the_budget() -> None:
+    draw = random.Random(0)
+    for _ in range(2000):
+        count = draw.randint(1, MAX_TREE_TOKENS)
+        sizes = [draw.choice([2, 5, 8, 24, T]) for _ in range(count)]
+        share = tree_share(sizes, MAX_TREE_TOKENS)
+        fed = [nodes_within(size, min(size, 61), share) for size in sizes]
+        assert sum(fed) <= MAX_TREE_TOKENS
