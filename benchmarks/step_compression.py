@@ -172,10 +172,10 @@ def ask(model: TreeModel, prefix: list[int]) -> torch.Tensor:
     def likeliest(tokens: torch.Tensor) -> torch.Tensor:
         before = torch.tensor(prefix, dtype=torch.int64).expand(len(tokens), -1)
         ids = torch.cat([before, tokens[:, None]], 1)
-        return model.model(ids).logits[:, -1].topk(NUM_SUCCESSORS).indices
+        return model.model(ids).logits[:, -1].topk(NUM_SUCCESSORS)
 
     vocab_size = model.model.config.vocab_size
-    return model_bigrams(likeliest, vocab_size, vocab_size, chunk=256)
+    return model_bigrams(likeliest, vocab_size, vocab_size, chunk=256)[0]
 
 
 def methods(

@@ -5,10 +5,23 @@ import pytest
 import torch
 
 from tests.core.build import Row, full_length, make_batch, make_pages, write
-from tests.core.equivalence import SHAPES, random_bigrams, random_state
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, complete, model_bigrams
+from tests.core.equivalence import (
+    SHAPES,
+    assert_same_trees,
+    random_bigrams,
+    random_state,
+)
+from vllm_lookahead.core.bigrams import (
+    NUM_SUCCESSORS,
+    Draws,
+    complete,
+    gumbel_noise,
+    model_bigrams,
+)
+from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.pool import BIGRAM, lookup
+from vllm_lookahead.cpu_kernels.ops import NumbaOps
 
 # After token t the model says t + 1, then t + 2 and t + 3.
 COUNTING = torch.arange(50)[:, None].int() + torch.tensor([1, 2, 3]).int()
@@ -138,10 +151,68 @@ def test_the_model_is_asked_in_chunks_for_the_first_tokens():
 
     def likeliest(tokens):
         asked.append(tokens.tolist())
-        return tokens[:, None] + torch.arange(NUM_SUCCESSORS)
+        ids = tokens[:, None] + torch.arange(NUM_SUCCESSORS)
+        return -ids / 2, ids
 
-    bigrams = model_bigrams(likeliest, vocab_size=10, limit=5, chunk=2)
+    bigrams, logits = model_bigrams(likeliest, vocab_size=10, limit=5, chunk=2)
     assert asked == [[0, 1], [2, 3], [4]]
     assert bigrams.dtype == torch.int32 and bigrams.shape == (10, NUM_SUCCESSORS)
-    assert bigrams[4].tolist() == [4, 5, 6, 7]
+    assert bigrams[4, :4].tolist() == [4, 5, 6, 7]
+    assert logits[4, :4].tolist() == [-2, -2.5, -3, -3.5]
     assert (bigrams[5:] == EMPTY).all()
+
+
+def some_draws(batch, bigrams, depth, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    num_requests = len(batch.root)
+    temperature = torch.rand(num_requests, generator=generator) + 0.2
+    temperature[::3] = 0.0
+    return Draws(
+        torch.randint(2**31, (num_requests, depth), generator=generator),
+        temperature,
+        3 * torch.randn(bigrams.shape, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_noise_ranks_the_successors(name):
+    """In Numba as in the oracle; a greedy request's are ranked as without noise."""
+    state = random_state(SHAPES[name], seed=6)
+    bigrams = random_bigrams(SHAPES[name].vocab)
+    batch, lengths = state.batch, state.chain_length
+    draws = some_draws(batch, bigrams, state.n - 1)
+    tree = TorchOps.propose(state.pages, batch, lengths, bigrams, draws)
+    assert_same_trees(
+        NumbaOps.propose(state.pages, batch, lengths, bigrams, draws), tree
+    )
+    without = TorchOps.propose(state.pages, batch, lengths, bigrams)
+    greedy = draws.temperature == 0
+    assert torch.equal(tree.tokens[greedy], without.tokens[greedy])
+
+
+def test_the_token_that_the_sampler_would_pick_comes_first():
+    """If the model says after any history what it says after the last token."""
+    torch.manual_seed(0)
+    vocab_size, n = 12, 5
+    bigrams = torch.stack([torch.randperm(vocab_size) for _ in range(vocab_size)]).int()
+    logits = torch.randn(vocab_size, vocab_size).sort(descending=True).values
+    table = torch.zeros(vocab_size, vocab_size).scatter(1, bigrams.long(), logits)
+    for seed in range(20):
+        batch = make_batch([Row([0], 1, seed % vocab_size, w=0, n=n, g=1)])
+        draws = some_draws(batch, bigrams, n - 1, seed)
+        draws.temperature[:], draws.logits = 0.7, logits
+        pages = make_pages(1, 8, 0, n)
+        tree = TorchOps.propose(pages, batch, full_length(1, n), bigrams, draws)
+        token, picked = seed % vocab_size, []
+        for depth in range(n - 1):
+            noise = gumbel_noise(draws.seeds[0, depth], torch.arange(vocab_size))
+            token = int((table[token].double() / 0.7 + noise).argmax())
+            picked.append(token)
+        assert tree.tokens[0, 1:n].tolist() == picked
+
+
+def test_noise_is_standard_gumbel():
+    noise = gumbel_noise(torch.arange(500)[:, None], torch.arange(400))
+    uniform = torch.exp(-torch.exp(-noise)).flatten().sort().values
+    expected = (torch.arange(len(uniform)) + 0.5) / len(uniform)
+    assert (uniform - expected).abs().max() < 0.005

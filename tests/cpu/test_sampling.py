@@ -2,11 +2,20 @@
 """Whatever changes the logits or reads them, the outcome is plain vLLM's."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import _custom_ops  # noqa: F401  loads the kernels
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from tests.cpu.test_lossless import FULL, TREE
 from tests.harness.engines import Engines
 from tests.harness.jobs import prompts, request, same_as_plain, same_logprobs
+from vllm_lookahead.core.bigrams import gumbel_noise
+from vllm_lookahead.engine.cpu.sampling import upcoming_draws
 
 
 def test_history(engines: Engines) -> None:
@@ -110,3 +119,31 @@ def test_unseeded_distribution(engines: Engines) -> None:
         # 4.5 standard deviations of the chi-square distribution: about 1 in 10^5.
         assert statistic <= freedom + 4.5 * (2 * freedom) ** 0.5
     assert outcomes > 20
+
+
+@pytest.mark.parametrize("seeded", [[0, 1, 2], [1], []], ids=str)
+def test_the_noise_of_the_sampler_is_known(seeded: list[int]) -> None:
+    """Drafts are ranked by the noise that vLLM's sampler then draws."""
+    torch.manual_seed(5)
+    num_requests, depths, temperature = 3, 4, torch.tensor([0.5, 1.0, 2.0])
+    generators = {i: torch.Generator().manual_seed(i) for i in seeded}
+    sampler = TopKTopPSampler()
+    runner: Any = SimpleNamespace(
+        input_batch=SimpleNamespace(
+            sampling_metadata=SimpleNamespace(
+                all_greedy=False, generators=generators, temperature=temperature
+            ),
+            num_reqs=num_requests,
+        ),
+        sampler=SimpleNamespace(topk_topp_sampler=sampler),
+        bigram_logits=torch.zeros(1, 1),
+        params=SimpleNamespace(ngram_size=depths + 1),
+    )
+    rows = np.array([0, 2])
+    all_logits = torch.randn(depths, num_requests, 200) / temperature[:, None]
+    draws = upcoming_draws(runner, rows)
+    assert draws is not None and draws.temperature.tolist() == [0.5, 2.0]
+    for depth, logits in enumerate(all_logits):
+        drawn, _ = sampler(logits.clone(), generators, None, None)
+        noise = gumbel_noise(draws.seeds[:, depth, None], torch.arange(200))
+        assert torch.equal(drawn[rows], (logits[rows].double() + noise).argmax(-1))

@@ -4,8 +4,9 @@
 An engine calls them in this order, for all requests of the step at once:
 
     write_tokens   tokens whose K/V the step computes for good (prompts, roots)
-    propose        look up the pool, ask the model's bigrams where it has nothing,
-                   read the window, build the trees
+    propose        look up the pool, ask the model's bigrams where it has nothing (by
+                   the sampler's noise, if `draws` tell), read the window, build the
+                   trees
     (forward pass over the trees; sample at the root and the candidates)
     verify         walk the trees
     observe        count what was accepted, where anyone wants to know
@@ -20,7 +21,7 @@ import torch
 from vllm_lookahead.core import pages as pages_lib
 from vllm_lookahead.core import verify as verify_lib
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import complete
+from vllm_lookahead.core.bigrams import Draws, complete
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import lookup
 from vllm_lookahead.core.tree import DraftTree, build_tree
@@ -41,6 +42,7 @@ class LookaheadOps(Protocol):
         batch: RequestBatch,
         chain_length: torch.Tensor,
         bigrams: torch.Tensor | None = None,
+        draws: Draws | None = None,
     ) -> DraftTree: ...
 
     def verify(
@@ -86,11 +88,12 @@ class TorchOps:
         batch: RequestBatch,
         chain_length: torch.Tensor,
         bigrams: torch.Tensor | None = None,
+        draws: Draws | None = None,
     ) -> DraftTree:
         candidates, context = lookup(pages, batch, chain_length)
         if bigrams is not None:
             candidates, context = complete(
-                candidates, context, batch, chain_length, bigrams
+                candidates, context, batch, chain_length, bigrams, draws
             )
         return build_tree(batch, candidates, context, read_window(pages, batch))
 

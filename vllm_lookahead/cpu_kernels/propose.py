@@ -6,10 +6,13 @@ The same results as `core.pool.lookup`, `core.bigrams.complete`,
 of the history: a scan of the pages from the newest entry to the oldest.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import Draws
 from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.core.pool import BIGRAM, ENTRIES_PER_CANDIDATE, MAX_CONTEXT
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
@@ -18,6 +21,11 @@ from vllm_lookahead.cpu_kernels.arrays import array, batch_arrays, page_arrays
 from vllm_lookahead.cpu_kernels.jit import kernel
 
 NO_BIGRAMS = np.empty((0, 0), np.int32)
+NO_DRAWS = (
+    np.empty((0, 0), np.int64),
+    np.empty(0, np.float32),
+    np.empty((0, 0), np.float32),
+)
 
 
 @kernel
@@ -149,16 +157,55 @@ def _lookup(
 
 
 @kernel
+def _splitmix64(z):
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@kernel
+def _gumbel_noise(seed, token):
+    """`core.bigrams.gumbel_noise`."""
+    step = np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15)
+    bits = _splitmix64(_splitmix64(np.uint64(seed)) + step) >> np.uint64(11)
+    return -math.log(-math.log((np.float64(bits) + 0.5) * 2.0**-53))
+
+
+@kernel
+def _rank(
+    bigrams,  # [R] of a token
+    logits,  # [R]
+    temperature,
+    seed,
+    order,  # [R] out, columns of `bigrams`, the best first
+    scores,  # [R] scratch
+):
+    for i in range(bigrams.shape[0]):
+        noise = _gumbel_noise(seed, bigrams[i])
+        score = np.float64(logits[i]) / np.float64(temperature) + noise
+        at = i  # insertion: equal scores keep their order
+        while at > 0 and scores[at - 1] < score:
+            scores[at], order[at] = scores[at - 1], order[at - 1]
+            at -= 1
+        scores[at], order[at] = score, i
+
+
+@kernel
 def _complete(
     bigrams,  # [V, R]
+    logits,  # [V, R], or empty as the one below
+    seeds,  # [N-1]
+    temperature,  # 0: without noise
     root,
     wanted,
+    chain_length,  # [NUM_ORIGINS, G]
     chains,  # [G, N_r - 1] in and out
     contexts,  # [G] in and out
     num_chains,
 ):
     """Chains of the model's bigrams, and ends for the others; returns how many."""
     vocab_size, successors = bigrams.shape
+    order, scores = np.arange(successors), np.empty(successors, np.float64)
     num_found = num_chains
     if vocab_size > 0:
         num_chains = min(wanted, num_found + successors)
@@ -167,9 +214,14 @@ def _complete(
             chains[i] = EMPTY
             contexts[i] = BIGRAM
         last, column = root, max(i - num_found, 0)
-        for k in range(chains.shape[1]):
+        for k in range(min(chains.shape[1], chain_length[contexts[i], i])):
             if chains[i, k] == EMPTY and 0 <= last < vocab_size:
-                chains[i, k] = bigrams[last, column]
+                if temperature > 0:
+                    _rank(
+                        bigrams[last], logits[last], temperature, seeds[k],
+                        order, scores,
+                    )  # fmt: skip
+                chains[i, k] = bigrams[last, order[column]]
             last, column = chains[i, k], 0
     return num_chains
 
@@ -267,12 +319,16 @@ def _propose_kernel(
     max_nodes,  # [B] int32
     chain_length,  # [NUM_ORIGINS, G] int32
     bigrams,  # [V, R] int32
+    seeds,  # [B, N-1] int64, or empty as the two below
+    temperature,  # [B] float32
+    logits,  # [V, R] float32
     entries_per_candidate,
     seed_stride,
     columns,  # [5, B, T] int32 out: tokens, parents, depths, kinds, origins
     num_nodes,  # [B] int32 out
 ):
     levels, max_chains = MAX_CONTEXT + 1, chain_length.shape[1]
+    no_seeds = np.empty(0, np.int64)
     found = np.empty((levels, max_chains * entries_per_candidate), np.int64)
     num_found = np.empty(levels, np.int64)
     contexts = np.empty(max_chains, np.int64)
@@ -287,9 +343,12 @@ def _propose_kernel(
                 tokens, ring, table, p, root[b], wanted, found, num_found,
                 chains, contexts,
             )  # fmt: skip
+            has_draws = temperature.shape[0] > 0
             num_chains = _complete(
-                bigrams, root[b], wanted, chains, contexts, num_chains
-            )
+                bigrams, logits, seeds[b] if has_draws else no_seeds,
+                temperature[b] if has_draws else np.float32(0),
+                root[b], wanted, chain_length, chains, contexts, num_chains,
+            )  # fmt: skip
 
         out_tokens, parents, depths = columns[0, b], columns[1, b], columns[2, b]
         kinds, origins = columns[3, b], columns[4, b]
@@ -310,11 +369,20 @@ def _propose_kernel(
         num_nodes[b] = node
 
 
+def _draws_arrays(draws: Draws) -> tuple[np.ndarray, ...]:
+    return (
+        array(draws.seeds, torch.int64),
+        array(draws.temperature, torch.float32),
+        array(draws.logits, torch.float32),
+    )
+
+
 def propose(
     pages: BlockPages,
     batch: RequestBatch,
     chain_length: torch.Tensor,
     bigrams: torch.Tensor | None = None,
+    draws: Draws | None = None,
 ) -> DraftTree:
     """`TorchOps.propose` in one pass."""
     num_requests = batch.position.shape[0]
@@ -328,6 +396,7 @@ def propose(
         *batch_arrays(batch),
         array(chain_length, torch.int32),
         NO_BIGRAMS if bigrams is None else array(bigrams, torch.int32),
+        *(NO_DRAWS if draws is None else _draws_arrays(draws)),
         ENTRIES_PER_CANDIDATE,
         SEED_STRIDE,
         columns,

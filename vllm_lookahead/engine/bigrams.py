@@ -65,8 +65,8 @@ class LoneTokens:
 @torch.inference_mode()
 def ask_model(
     model: Any, vllm_config: VllmConfig, device: torch.device
-) -> torch.Tensor | None:
-    """The table that `core.bigrams.complete` takes.
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The tables that `core.bigrams.complete` takes.
 
     Args:
         model: loaded, its attention layers taught to read `LoneTokens`.
@@ -74,8 +74,8 @@ def ask_model(
         device: of the model.
 
     Returns:
-        [V, NUM_SUCCESSORS] int32, the same on every rank; None for a model that needs
-        more than token ids and positions.
+        bigrams and their logits, as `core.bigrams.model_bigrams`, the same on every
+        rank; None for a model that needs more than token ids and positions.
     """
     config = vllm_config.model_config
     needs_more = (
@@ -91,7 +91,7 @@ def ask_model(
     rows = min(_ROWS, vllm_config.scheduler_config.max_num_batched_tokens)
     chunk = rows - len(prefix)
 
-    def likeliest(tokens: torch.Tensor) -> torch.Tensor:
+    def likeliest(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padding = tokens.new_zeros(chunk - len(tokens))
         ids = torch.cat([prefix, tokens, padding])
         positions = torch.full_like(ids, len(prefix))
@@ -105,28 +105,31 @@ def ask_model(
             )
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         logits = model.compute_logits(hidden[len(prefix) :][: len(tokens)])
-        return logits.topk(NUM_SUCCESSORS).indices
+        values, ids = logits.topk(NUM_SUCCESSORS)
+        return values, ids
 
     vocab_size = config.get_vocab_size()
     limit = _affordable(likeliest, min(chunk, vocab_size), device)
-    table = model_bigrams(likeliest, vocab_size, limit, chunk, device)
+    tables = model_bigrams(likeliest, vocab_size, limit, chunk, device)
     logger.info(
         "Asked the model what follows each of %d tokens, of %d, in %.1f s.",
         min(limit, vocab_size),
         vocab_size,
         time.perf_counter() - start,
     )
-    return table
+    return tables
 
 
 def _affordable(
-    likeliest: Callable[[torch.Tensor], torch.Tensor], chunk: int, device: torch.device
+    likeliest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    chunk: int,
+    device: torch.device,
 ) -> int:
     """How many tokens take _MAX_SECONDS, by the slowest rank's clock."""
     tokens = torch.arange(chunk, device=device)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        likeliest(tokens).cpu()
+        likeliest(tokens)[1].cpu()
         seconds = time.perf_counter() - start
     limit = torch.tensor(max(1, int(_MAX_SECONDS / seconds)) * chunk)
     group = get_world_group()

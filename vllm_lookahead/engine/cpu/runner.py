@@ -43,6 +43,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
         bigrams: [V, R] int32, see `core.bigrams`; None before the model was asked.
+        bigram_logits: [V, R] float32 of them.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
     """
@@ -60,6 +61,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.ops = NumbaOps()
         self.pages: BlockPages
         self.bigrams: torch.Tensor | None = None
+        self.bigram_logits: torch.Tensor | None = None
         self.slot_views: list[torch.Tensor] = []
         self.step: TreeStep | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
@@ -106,7 +108,9 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def ask_model(self) -> None:
         if self.params.verification_set_size:
-            self.bigrams = ask_model(self.model, self.vllm_config, self.device)
+            tables = ask_model(self.model, self.vllm_config, self.device)
+            if tables is not None:
+                self.bigrams, self.bigram_logits = tables
 
     def needs_plain_rows(self) -> bool:
         """Whether the batch cannot be sampled along trees: one row per request."""

@@ -21,9 +21,13 @@ from vllm.v1.sample.logits_processor.builtin import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
+from vllm_lookahead.core.bigrams import Draws
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.cpu_kernels.walk import Walk
+
+# Seeds of noise are below this, in vLLM's sampler.
+_SEEDS = 2**31
 
 if TYPE_CHECKING:
     from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
@@ -64,6 +68,39 @@ def sample_along_trees(
         sampled = _by_node(logits.argmax(-1), step)
     tokens = torch.from_numpy(walk.tokens[:, : walk.level])
     return SamplerOutput(tokens, logprobs), sampled, walk.verdict()
+
+
+def upcoming_draws(runner: "LookaheadCPUModelRunner", rows: np.ndarray) -> Draws | None:
+    """What `TopKTopPSampler.forward_cpu` will key its noise by, if nothing intervenes.
+
+    A request with a seed draws from its own generator. Others share one with the
+    whole batch: which of its numbers is theirs holds for a batch whose requests all
+    walk equally far, and is a guess otherwise.
+
+    Args:
+        runner: between two steps.
+        rows: [b] int64, requests of the batch.
+
+    Returns:
+        None if there is no noise, or none that can be known.
+    """
+    metadata = runner.input_batch.sampling_metadata
+    sampler = runner.sampler.topk_topp_sampler
+    if (
+        metadata.all_greedy
+        or runner.bigram_logits is None
+        or sampler.forward.__name__ != "forward_cpu"
+        or sampler.use_fp64_gumbel
+    ):
+        return None
+    depths, num_requests = runner.params.ngram_size - 1, runner.input_batch.num_reqs
+    shared = torch.default_generator.clone_state()
+    seeds = torch.randint(_SEEDS, (depths, num_requests), generator=shared).T[rows]
+    for b, i in enumerate(rows.tolist()):
+        if i in metadata.generators:
+            own = metadata.generators[i].clone_state()
+            seeds[b] = torch.randint(_SEEDS, (depths,), generator=own)
+    return Draws(seeds, metadata.temperature[rows], runner.bigram_logits)
 
 
 def takes_argmax(metadata: SamplingMetadata) -> bool:

@@ -18,6 +18,7 @@ from vllm_lookahead.cpu_kernels.layout import (
     lay_out,
     size_trees,
 )
+from vllm_lookahead.engine.cpu.sampling import upcoming_draws
 
 if TYPE_CHECKING:
     from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
@@ -89,7 +90,11 @@ class TreeStep:
         columns = block_table, position.astype(np.int32), root, w, n, g, max_nodes
         batch = RequestBatch(*map(torch.from_numpy, columns))
         tree = runner.ops.propose(
-            runner.pages, batch, runner.policy.chain_length, runner.bigrams
+            runner.pages,
+            batch,
+            runner.policy.chain_length,
+            runner.bigrams,
+            upcoming_draws(runner, rows),
         )
 
         scheduled = output.num_scheduled_tokens

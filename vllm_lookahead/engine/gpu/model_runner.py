@@ -132,7 +132,8 @@ class LookaheadModelRunner(BaseModelRunner):
 
     def ask_model(self) -> None:
         if self.lookahead.verification_set_size:
-            self.bigrams = ask_model(self.model, self.vllm_config, self.device)
+            tables = ask_model(self.model, self.vllm_config, self.device)
+            self.bigrams = None if tables is None else tables[0]
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
