@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
 def ask(model: TreeModel, prefix: list[int]) -> torch.Tensor:
     """[V, NUM_SUCCESSORS] int32, as an engine asks for them when it starts."""
 
-    def likeliest(tokens: torch.Tensor) -> torch.Tensor:
+    def likeliest(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before = torch.tensor(prefix, dtype=torch.int64).expand(len(tokens), -1)
         ids = torch.cat([before, tokens[:, None]], 1)
         return model.model(ids).logits[:, -1].topk(NUM_SUCCESSORS)
