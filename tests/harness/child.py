@@ -241,6 +241,8 @@ def main() -> None:
                 traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {error}"}
             print(json.dumps(result), file=results, flush=True)
+        del engines
+    os._exit(0)  # Python's own end takes seconds, and has nothing left to do
 
 
 if __name__ == "__main__":

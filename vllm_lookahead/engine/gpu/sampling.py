@@ -143,7 +143,9 @@ def _sample_requests(
     window_lo, window_hi = (int(plan.cu_window_np[i]) for i in (first, end))
     verified, window = slice(lo, hi), slice(window_lo, window_hi)
     at = step.row_token[verified]
-    cu_rows = plan.cu_verified[first : end + 1] - lo
+    cu_rows = plan.cu_verified[first : end + 1]
+    if lo:
+        cu_rows = cu_rows - lo
     if hi == window_lo:  # of one chunk the rows lie together
         rows = step.row_token[lo:window_hi]
     else:
