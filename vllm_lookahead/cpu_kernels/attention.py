@@ -191,7 +191,8 @@ def _softmax(
 
 @kernel
 def _attend(
-    query,  # [n, num_heads, head_size] float32, scaled
+    query,  # [n, num_heads, head_size] float32
+    scale,  # of the softmax, float32
     cache,  # address of [num_blocks, num_kv_heads, 2, block_size * head_size]
     dtype,  # of the cache, as in DTYPES
     item_size,
@@ -227,7 +228,7 @@ def _attend(
                 rows = min(num_rows, nodes * group - first)
                 for r in range(rows):
                     node, member = divmod(first + r, group)
-                    q[r] = query[first_row[b] + node, head * group + member]
+                    q[r] = query[first_row[b] + node, head * group + member] * scale
                 scores[:] = 0
                 summed[:] = 0
                 for i in range(num_blocks):
@@ -323,9 +324,10 @@ def tree_attention(
         scale: softmax scale.
         out: as `query`; the rows of `trees` are written.
     """
-    rows = out.float().contiguous()
+    rows = torch.empty(out.shape) if trees.covers_batch else out.float().contiguous()
     _attend(
-        (query.float() * scale).contiguous().numpy(),
+        query.float().contiguous().numpy(),
+        np.float32(scale),
         kv_cache.data_ptr(),
         DTYPES.index(kv_cache.dtype),
         kv_cache.element_size(),

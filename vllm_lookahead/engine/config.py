@@ -10,17 +10,21 @@ from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
+from vllm_lookahead.engine.support import cpu_branches_freely
 from vllm_lookahead.params import METHOD, RANGES, LookaheadParams
 
 # Fu et al. 2024 use this for 7B models.
 GPU_DEFAULTS = LookaheadParams(window_size=15, ngram_size=5, verification_set_size=15)
 # A CPU is compute-bound: there the window costs more than it finds.
-CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
+CPU_CHAINS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
+CPU_TREES = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=8)
 
 
 def default_params(device_type: str) -> LookaheadParams:
     """The sizes that lookahead picks by itself on a kind of device."""
-    return CPU_DEFAULTS if device_type == "cpu" else GPU_DEFAULTS
+    if device_type != "cpu":
+        return GPU_DEFAULTS
+    return CPU_TREES if cpu_branches_freely() else CPU_CHAINS
 
 
 @config

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which models and set-ups lookahead can run, and with which engine."""
 
+import os
 from typing import Any
 
+import torch
 import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
@@ -32,6 +34,20 @@ def worker_class() -> str:
     raise ValueError(
         "lookahead needs vLLM's V2 model runner on CUDA: unset "
         "VLLM_USE_V2_MODEL_RUNNER and install Triton"
+    )
+
+
+def cpu_branches_freely() -> bool:
+    """Whether this CPU attends trees that branch as it attends chains.
+
+    As fast and to the same bit, that is: where vLLM's kernels are those that
+    `cpu_kernels.attention` follows, and where a worker has one thread, as with two
+    cores, of which vLLM leaves one to others. AMX packs K in tiles of its own.
+    """
+    return (
+        torch.cpu._is_avx512_supported()
+        and not torch.cpu._is_amx_tile_supported()
+        and len(os.sched_getaffinity(0)) <= 2
     )
 
 
