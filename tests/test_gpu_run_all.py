@@ -19,6 +19,7 @@ STAGES = [
     "model",
     "engine-correctness",
     "engine-speed",
+    "engine-distinct",
     "engine-baselines",
     "engine-sampled",
     "kernel-flex",
@@ -48,7 +49,20 @@ def test_a_model_of_the_users_own_is_not_widened(capsys, tmp_path):
     run_all.main(["--dry-run", "--model", str(tmp_path)])
     output = capsys.readouterr().out
     assert "widen_model" not in output
-    assert output.count(f"--model {tmp_path} ") == 4
+    assert output.count(f"--model {tmp_path} ") == 5
+
+
+def test_engines_fit_on_a_gpu_of_80_gb():
+    """All of a speed stage's at once, each with a graph pool and workspace of 3 GB."""
+    most, stages = 80e9, run_all.all_stages(run_all.parse([]))
+    for stage in (s for s in stages if "--gpu-memory-utilization" in s.command):
+        options = dict(zip(stage.command, stage.command[1:], strict=False))
+        count = len(options["--methods"].split(","))
+        kv = int(options["--kv-cache-memory-bytes"])
+        each = run_all.MODEL_BYTES + kv + 3e9
+        share = float(options["--gpu-memory-utilization"]) * most
+        assert each < share
+        assert (count - 1) * each + share < most
 
 
 class Parsed(Exception):
@@ -142,7 +156,12 @@ def test_a_model_that_is_gone_is_made_again(tmp_path):
     assert model.exists()
 
 
-def synthetic(tree_ratio: float, speed_up: float) -> dict[str, dict]:
+def synthetic(
+    tree_ratio: float,
+    speed_up: float,
+    distinct: float = 1.65,
+    lookup_ratio: float = 1.25,
+) -> dict[str, dict]:
     """Records as stages leave them; the numbers are nobody's measurement."""
     shape = {"size": 120, "num_heads": 32, "num_kv_heads": 32}
     attention = []
@@ -152,10 +171,12 @@ def synthetic(tree_ratio: float, speed_up: float) -> dict[str, dict]:
             attention.append({**r, "ratio": us / 10})
     flex = {**shape, "context": 1024, "contender": "flex", "failed": "Error: a|b\nc"}
     us = {"propose": 20.0, "mask": 4.0, "compact": 6.0}
-    steps = [{"sizes": [15, 5, 15], "context": 1024, "us": us}]
+    step = {"sizes": [15, 5, 15], "moved": 4, "parts": {"lookup": 10.0}}
+    steps = [{**step, "context": 1024, "us": us}]
     late = {"propose": 40.0, "mask": 5.0}
+    steps += [{**step, "context": c, "us": late} for c in (2048, 4096, 8192)]
     steps += [
-        {"sizes": [15, 5, 15], "context": c, "us": late} for c in (2048, 4096, 8192)
+        {**step, "context": 32768, "us": late, "parts": {"lookup": 10 * lookup_ratio}}
     ]
     turn = {"seconds": 1.0, "request_steps": 250, "tokens": 250}
     row = {"acceptance_length": 1.0, "distinct_trigrams": 0.5, "tokens_per_second": 250}
@@ -185,6 +206,10 @@ def synthetic(tree_ratio: float, speed_up: float) -> dict[str, dict]:
         "kernel-flex": {"attention": [flex]},
         "engine-correctness": correctness,
         "engine-speed": speed,
+        "engine-distinct": {
+            **speed,
+            "summary": {LOOKAHEAD: {**row, "ratio": distinct}},
+        },
     }
     common = {"about": ABOUT, "seconds": 5.0, "command": "python x"}
     records = {stage: {**common, "result": r} for stage, r in results.items()}
@@ -199,14 +224,16 @@ def verdicts(records: dict[str, dict]) -> list[str]:
 
 def test_targets():
     good = synthetic(1.2, 1.7)
-    assert verdicts(good) == ["met"] * 5
+    assert verdicts(good) == ["met"] * 7
     shares = targets(good)[2].values
     assert shares["1024"] == pytest.approx(100 * 30 / 4000)
     assert shares["8192"] == pytest.approx(100 * 51 / 4000)
-    assert targets(good)[3].values[""] == pytest.approx(1.2)
-    expected = ["NOT MET", "met", "met", "met", "NOT MET"]
+    assert targets(good)[4].values[""] == pytest.approx(1.2)
+    expected = ["NOT MET", "met", "met", "met", "met", "NOT MET", "met"]
     assert verdicts(synthetic(1.4, 1.5)) == expected
-    assert verdicts({}) == ["not measured"] * 5
+    expected = ["met", "met", "met", "NOT MET", "met", "met", "NOT MET"]
+    assert verdicts(synthetic(1.2, 1.7, 1.5, 1.4)) == expected
+    assert verdicts({}) == ["not measured"] * 7
     del good["kernel-times"]["result"]["attention"][1]
     assert verdicts(good)[0] == "not measured"
 
@@ -223,6 +250,8 @@ def test_summary():
     text = build_summary(records, STAGES)
     assert text.startswith("# Some GPU\n")
     assert "1.4x (1024)" in text
+    assert "text that does not loop | at least 1.6x | 1.65x | met |" in text
+    assert "The compaction moves 4 nodes" in text
     assert "NOT MET" in text
     assert "| engine-sampled | 1 | stopped after 1 s |" in text
     assert "| engine-float32 | 0 | not run |" in text

@@ -156,11 +156,23 @@ def run_step(
     for sizes in args.sizes:
         for context in args.contexts:
             params = LookaheadParams(*sizes)
-            calls = step_calls(params, 1, context, args.block_size, caches, args.device)
+            calls, parts, moved = step_calls(
+                params,
+                1,
+                context,
+                max(args.contexts),
+                args.block_size,
+                caches,
+                args.device,
+            )
             repeats = 20 if args.device == "cuda" else 1
-            times = {name: microseconds([c] * repeats) for name, c in calls.items()}
+            times, part_times = (
+                {name: microseconds([c] * repeats) for name, c in these.items()}
+                for these in (calls, parts)
+            )
             total = sum(times.values())
-            results.append({"sizes": sizes, "context": context, "us": times})
+            result = {"sizes": sizes, "context": context, "us": times}
+            results.append({**result, "parts": part_times, "moved": moved})
             listed = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
             print(f"W,N,G={sizes} context={context}: {listed}  total {total:.1f} us")
             save()

@@ -28,11 +28,14 @@ from benchmarks.gpu.summary import SOURCES, build_summary
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOOKAHEAD = "lookahead:15/5/15"
 MODEL_BYTES = 14e9  # of the widened model
-ENGINE = {  # the K/V of 8 requests of 1024 tokens in a 7B model takes 4 GiB
-    "--dtype": "bfloat16",
-    "--max-model-len": "1024",
-    "--kv-cache-memory-bytes": str(6 << 30),
-}
+ENGINE = {"--dtype": "bfloat16", "--max-model-len": "1024"}
+# A request of 1024 tokens has 0.5 GiB of K/V in a 7B model. Of the correctness stages
+# 8 run at once, in one engine; of the speed stages one, in each of up to four engines
+# that share 80 GB.
+KV_BYTES = {"correctness": 6 << 30, "speed": 1 << 30}
+GPU_SHARE = 0.24  # free when an engine starts
+# Outputs of that many tokens, of whose trigrams this share is distinct, do not loop.
+DISTINCT_TOKENS, DISTINCT = 64, ["--min-distinct", "0.6", "--keep", "16"]
 LEAST_SECONDS = 30  # to start a stage with
 OUT = "{out}"  # in a stage's command, the file that it writes
 
@@ -59,19 +62,31 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
         return [sys.executable, "-m", f"benchmarks.gpu.{name}", *options, out, OUT]
 
     model = args.model or args.model_dir or default_model_dir()
-    shared = [x for pair in ENGINE.items() for x in pair]
-    shared += ["--dataset", args.dataset, "--max-tokens", str(args.max_tokens)]
+    data = ["--dataset", args.dataset]
     if args.data_dir:
-        shared += ["--data-dir", args.data_dir]
+        data += ["--data-dir", args.data_dir]
+
+    def engine(path: Path, kind: str) -> list[str]:
+        options = [x for pair in ENGINE.items() for x in pair]
+        options += ["--kv-cache-memory-bytes", str(KV_BYTES[kind])]
+        return ["--model", str(path), *options, *data]
 
     def correctness(path: Path, *options: str) -> list[str]:
-        options = ("--model", str(path), *shared, *options)
+        options = (*engine(path, "correctness"), *options)
+        options = ("--max-tokens", str(args.max_tokens), *options)
         return module("engine_correctness", *options, out="--output")
 
-    def speed(methods: str, temperature: float, repeats: int) -> list[str]:
-        command = [sys.executable, "benchmarks/offline.py", "--model", str(model)]
-        command += [*shared, "--methods", methods, "--temperature", str(temperature)]
-        command += ["--repeats", str(repeats), "--gpu-memory-utilization", "0.25"]
+    def speed(
+        program: list[str],
+        methods: str,
+        temperature: float,
+        repeats: int,
+        tokens: int = args.max_tokens,
+    ) -> list[str]:
+        command = [sys.executable, *program, *engine(model, "speed")]
+        command += ["--methods", methods, "--temperature", str(temperature)]
+        command += ["--repeats", str(repeats), "--max-tokens", str(tokens)]
+        command += ["--gpu-memory-utilization", str(GPU_SHARE)]
         return [*command, "--start-limit", "180", "--output", OUT]
 
     fast = ["tree", "merged", "flash_causal", "unified_qq_bias", "xformers"]
@@ -85,14 +100,17 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
         command = [sys.executable, "benchmarks/widen_model.py"]
         command += ["--source", str(args.source), "--output", str(model)]
         stages.append(Stage("model", 400, command, needs=model / "config.json"))
+    offline, both = ["benchmarks/offline.py"], f"plain,{LOOKAHEAD}"
+    distinct = ["-m", "benchmarks.gpu.engine_distinct", *DISTINCT]
     baselines = "plain,ngram_gpu,ngram,suffix"
     flex = module("kernels", *widest, "--contenders", "flash_causal", "flex")
     return [
         *stages,
         Stage("engine-correctness", 500, correctness(model)),
-        Stage("engine-speed", 480, speed(f"plain,{LOOKAHEAD}", 0, 3)),
-        Stage("engine-baselines", 540, speed(baselines, 0, 2)),
-        Stage("engine-sampled", 420, speed(f"plain,{LOOKAHEAD}", 0.8, 2)),
+        Stage("engine-speed", 480, speed(offline, both, 0, 3)),
+        Stage("engine-distinct", 420, speed(distinct, both, 0, 3, DISTINCT_TOKENS)),
+        Stage("engine-baselines", 540, speed(offline, baselines, 0, 2)),
+        Stage("engine-sampled", 420, speed(offline, both, 0.8, 2)),
         Stage("kernel-flex", 400, flex),
         Stage("engine-float32", 300, correctness(args.source, "--dtype", "float32")),
     ]

@@ -2,18 +2,29 @@
 """The kernels of a lookahead step other than attention, each as a call."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from vllm import SamplingParams
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import NUM_ORIGINS
+from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.engine.gpu.sizes import RequestSizes
+from vllm_lookahead.engine.gpu.step import Plan, TreeStep
+from vllm_lookahead.engine.gpu.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels import pool
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
 VOCAB = 5000
+MODEL = 4096, 32000  # hidden size and vocabulary of Llama-2-7B
+Calls = dict[str, Callable[[], object]]
 
 
 def text(*shape: int, device: str, vocab: int = VOCAB) -> torch.Tensor:
@@ -24,9 +35,18 @@ def text(*shape: int, device: str, vocab: int = VOCAB) -> torch.Tensor:
 
 
 def make_state(
-    params: LookaheadParams, requests: int, context: int, block_size: int, device: str
+    params: LookaheadParams,
+    requests: int,
+    context: int,
+    max_context: int,
+    block_size: int,
+    device: str,
 ) -> tuple[BlockPages, RequestBatch]:
-    """Requests in the middle of a generation, the last half of the text harvested."""
+    """Requests in the middle of a generation, the last half of the text harvested.
+
+    Args:
+        max_context: what the block table has columns for: the model's length.
+    """
     per_request = (context + params.max_tree_size) // block_size + 1
     num_blocks = requests * per_request
     pages = BlockPages.allocate(num_blocks, block_size, params, device)
@@ -42,8 +62,9 @@ def make_state(
     def column(value: int) -> torch.Tensor:
         return torch.full((requests,), value, dtype=torch.int32, device=device)
 
+    width = (max_context + params.max_tree_size) // block_size + 1
     batch = RequestBatch(
-        block_table=table.int(),
+        block_table=torch.nn.functional.pad(table.int(), (0, width - per_request)),
         position=column(context),
         root=text(requests, device=device),
         window_size=column(params.window_size),
@@ -54,36 +75,70 @@ def make_state(
     return pages, batch
 
 
+def accept_a_branch(tree: DraftTree, b: int, sampled: torch.Tensor) -> None:
+    """Have the model say a chain whose K/V must move, if the tree has one.
+
+    Args:
+        tree: host tensors. The first chain's nodes lie at their depths; others don't.
+        sampled: [T] int64, out, of request b.
+    """
+    parents, depths = tree.parents[b].tolist(), tree.depths[b].tolist()
+    kinds, count = tree.kinds[b].tolist(), int(tree.num_nodes[b])
+    drafted = [i for i in range(count) if kinds[i] == CANDIDATE]
+    if not drafted:
+        return
+    node = max(drafted, key=lambda i: (depths[i] < i, depths[i]))
+    while node > 0:
+        sampled[parents[node]] = tree.tokens[b, node]
+        node = parents[node]
+
+
+def num_moved(verdict: Verdict) -> int:
+    """Accepted nodes that do not lie at their depths already."""
+    at = torch.arange(verdict.path.shape[1], device=verdict.path.device)
+    return int(((verdict.path > at) & (at < verdict.num_emitted[:, None])).sum())
+
+
 def step_calls(
     params: LookaheadParams,
     requests: int,
     context: int,
+    max_context: int,
     block_size: int,
     caches: list[torch.Tensor],
     device: str,
-) -> dict[str, Callable[[], object]]:
+) -> tuple[Calls, Calls, int]:
     """Each kernel of a step as a call that can be repeated.
 
     Args:
+        max_context: of the requests that the engine would take.
         caches: [num_blocks, block_size, heads, width] of each layer; compaction
             is left out where they hold fewer blocks than the requests.
+
+    Returns:
+        The calls, those of their parts that are looked at by themselves, and how many
+        accepted nodes the compaction moves in each layer.
     """
-    pages, batch = make_state(params, requests, context, block_size, device)
+    pages, batch = make_state(
+        params, requests, context, max_context, block_size, device
+    )
     ops = TritonOps(params, requests, device)
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
     longest = torch.full((NUM_ORIGINS, g), n - 1, dtype=torch.int32, device=device)
     bigrams = torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS), device=device).int()
     tree = ops.propose(pages, batch, longest, bigrams)
-    sampled = torch.zeros(requests, t, dtype=torch.int64, device=device)
-    last = min(n - 1, t - 1)
-    sampled[:, :last] = tree.tokens[:, 1 : last + 1]  # the first chain is right
+    host = torch.full((requests, t), VOCAB)  # a token that nobody drafts
+    host_tree = DraftTree(**{name: x.cpu() for name, x in vars(tree).items()})
+    for b in range(requests):
+        accept_a_branch(host_tree, b, host[b])
+    sampled = host.to(device)
     verdict = ops.verify(tree, sampled, n)
     slots = batch.slots(batch.position[:, None], block_size)[:, 0] | 1
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * t
     bits = torch.empty(requests, t, -(-t // 32), dtype=torch.int32, device=device)
     positions = torch.empty(requests * t, dtype=torch.int64, device=device)
     input_ids = torch.empty(requests * t, dtype=torch.int32, device=device)
-    calls: dict[str, Callable[[], object]] = {
+    calls: Calls = {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
         "propose": lambda: ops.propose(pages, batch, longest, bigrams),
         "mask": lambda: build_mask(
@@ -92,7 +147,83 @@ def step_calls(
         "verify": lambda: ops.verify(tree, sampled, n),
         "compact": lambda: ops.compact(caches, batch, verdict, block_size),
         "update": lambda: ops.update(pages, batch, tree, sampled, verdict),
+        **engine_calls(params, tree, verdict, context, device),
     }
     if caches[0].shape[0] < pages.tokens.shape[0]:
         del calls["compact"]
-    return calls
+    scratch = pool.LookupScratch.allocate(requests, g, device)
+    candidates = torch.empty(requests, g, n - 1, dtype=torch.int32, device=device)
+    agreeing = candidates[..., 0].clone()
+    parts: Calls = {
+        "lookup": lambda: pool.lookup(
+            pages, batch, longest, scratch, candidates, agreeing
+        )
+    }
+    return calls, parts, num_moved(verdict)
+
+
+def engine_calls(
+    params: LookaheadParams,
+    tree: DraftTree,
+    verdict: Verdict,
+    context: int,
+    device: str,
+) -> Calls:
+    """What the engine does with trees before and after the core's kernels."""
+    requests, t = tree.tokens.shape
+    on = torch.device(device)
+    sizes = RequestSizes(requests, params)
+    for slot in range(requests):
+        sizes.add_request(slot, SamplingParams(), chain=False)
+    fed = np.full(requests, t, dtype=np.int32)
+    index = torch.arange(requests, device=device)
+    input_batch = SimpleNamespace(
+        num_reqs=requests,
+        num_tokens=requests * t,
+        num_draft_tokens_per_req=fed - 1,
+        num_scheduled_tokens=fed,
+        idx_mapping=index,
+        idx_mapping_np=np.arange(requests),
+        query_start_loc=(torch.arange(requests + 1, device=device) * t).int(),
+        seq_lens=(index * 0 + context + t).int(),
+        input_ids=torch.zeros(requests * t, dtype=torch.int32, device=device),
+    )
+    plan = Plan.make(input_batch, sizes, on)
+    step = TreeStep(requests, requests * t, params, on)
+    slots = TreeSlots(requests, t, on)
+    drafts = torch.zeros(
+        requests, params.ngram_size - 1, dtype=torch.int64, device=device
+    )
+    final_slot = torch.arange(requests * t, device=device)
+    last_sampled = torch.zeros(requests, 1, dtype=torch.int64, device=device)
+
+    def feed() -> None:
+        step.feed(plan, slots, input_batch, final_slot, last_sampled)
+
+    slots.store(tree, index, drafts)
+    feed()
+    num_rows, end = int(plan.cu_verified_np[-1]), int(plan.cu_window_np[-1])
+    hidden_size, vocab_size = MODEL if on.type == "cuda" else (8, 8)
+    hidden = torch.zeros(requests * t, hidden_size, dtype=torch.bfloat16, device=device)
+    refill_logits = torch.zeros(
+        end - num_rows, vocab_size, dtype=torch.bfloat16, device=device
+    )
+    tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    def gather() -> None:
+        """The copies around the sampler, and before the next proposal."""
+        at = step.row_token[:num_rows]
+        hidden[step.row_token[:end]]
+        if end > num_rows:
+            rows = step.row_node[num_rows:end]
+            step.sampled.index_copy_(0, rows, refill_logits.argmax(-1))
+        final_slot[at], input_batch.input_ids[at]
+        step.sampled.index_copy_(0, step.row_node[:num_rows], tokens)
+        verdict.num_emitted.clone(), verdict.tokens.long()
+        input_batch.seq_lens[index], last_sampled[index, 0].int()
+
+    return {
+        "feed": feed,
+        "store": lambda: slots.store(tree, index, drafts),
+        "gather": gather,
+    }

@@ -6,7 +6,10 @@ import json
 import pytest
 import torch
 
-from benchmarks.gpu import kernels
+pytest.importorskip("vllm")
+
+from benchmarks.gpu import kernels, step_kernels
+from vllm_lookahead.params import LookaheadParams
 
 
 def test_smoke(tmp_path, capsys):
@@ -19,8 +22,26 @@ def test_smoke(tmp_path, capsys):
     assert list(by_name) == list(kernels.CONTENDERS)
     assert all("failed" not in r for r in by_name.values())
     ops = {"write_tokens", "propose", "mask", "verify", "compact", "update"}
-    assert set(results["step"][0]["us"]) == ops
+    ops |= {"feed", "store", "gather"}
+    (step,) = results["step"]
+    assert set(step["us"]) == ops
+    assert set(step["parts"]) == {"lookup"}
+    assert step["moved"] > 0
     assert plot.exists() or "matplotlib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", kernels.SIZES)
+def test_compaction_moves_what_a_step_accepts(sizes):
+    """A branch of the tree, as long as it can be: the first chain would stay put."""
+    params = LookaheadParams(*sizes)
+    torch.manual_seed(0)
+    caches = [torch.zeros(80, 16, 2, 8, dtype=torch.bfloat16)]
+    calls, _, moved = step_kernels.step_calls(params, 1, 640, 640, 16, caches, "cpu")
+    assert moved == params.ngram_size - 1
+    before = caches[0].normal_().clone()
+    calls["compact"]()
+    slots_changed = (caches[0] != before).flatten(2).any(-1).sum()
+    assert slots_changed == moved
 
 
 def test_plot(tmp_path):
