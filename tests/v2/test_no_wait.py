@@ -73,8 +73,8 @@ def test_step(engines: Engines) -> None:
     assert not engines.run(jobs, watch=True)["watched"]["waits"]
     result = engines.run(jobs, SMALL, watch=True)["watched"]
     assert result["steps"][0] == 0 and max(result["steps"]) == 3
-    assert result["steps"][-1] > 0
+    assert result["steps"][-1] > 0 and result["allocated"]
     assert not result["waits"]
     # The sampler's arguments, which vLLM gathers too where it verifies drafts, and
     # what is read by copies that may still be under way in the next step.
-    assert sum(result["allocated"].values()) <= 9, result["allocated"]
+    assert sum(result["allocated"].values()) <= 10, result["allocated"]
