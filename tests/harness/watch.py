@@ -4,8 +4,7 @@
 On a CPU every tensor is in the host's memory, so here a tensor is the device's by
 where it comes from: the model's weights, the runner's buffers, what a kernel was
 launched with, and what was computed from any of these. To read one of them is to
-wait, and so is `synchronize`. Of `copy_` alone nobody can tell, on a CPU, which way it
-goes.
+wait, and so are `synchronize` and a blocking copy into any other tensor.
 """
 
 import sys
@@ -197,7 +196,11 @@ class Operators(TorchDispatchMode):
             counted = packet is aten.repeat_interleave and not kwargs.get("output_size")
             if packet in WAITS or masked or counted:
                 watch.wait(str(packet))
-            watch.mark(result)
+            if packet is aten.copy_ and not watch.is_device(args[0]):
+                if not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                    watch.wait(str(packet))
+            else:
+                watch.mark(result)
         known = {x.untyped_storage().data_ptr() for x in given}
         for tensor in tensors(result):
             if tensor.untyped_storage().data_ptr() not in known:

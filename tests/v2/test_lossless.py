@@ -173,8 +173,9 @@ def test_chunked_prefill(engines: Engines) -> None:
     jobs = [[request([5, 6, 7]), request(long[:80], **sampled)]]
     jobs.append([request([8, 9], **sampled), request(long[3:83])])
     options = TIGHT | {"long_prefill_token_threshold": 24}
-    result = same_as_plain(engines, jobs, **options)
+    result = same_as_plain(engines, jobs, watch=True, **options)
     assert result["chunks"] == [6, 4]
+    assert not result["watched"]["waits"]
 
 
 def test_preemption(engines: Engines) -> None:
