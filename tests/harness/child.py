@@ -154,7 +154,7 @@ def generate(llm: Any, batch: list[dict[str, Any]]) -> list[tuple[Any, int | Non
         prompt = {"prompt_token_ids": request["prompt"]}
         if "salt" in request:
             prompt["cache_salt"] = request["salt"]
-        engine.add_request(name, prompt, params)
+        engine.add_request(name, prompt, params, lora_request=lora(request))
     last: dict[str, Any] = {}
     ngrams: dict[str, int] = {}
     while engine.has_unfinished_requests():
@@ -180,6 +180,16 @@ def sampling_params(request: dict[str, Any]) -> Any:
     if bias := options.get("logit_bias"):  # JSON has no integer keys
         options["logit_bias"] = {int(token): b for token, b in bias.items()}
     return SamplingParams(**options)
+
+
+def lora(request: dict[str, Any]) -> Any:
+    """Its adapter; one folder is one adapter."""
+    from vllm.lora.request import LoRARequest
+
+    if "lora" not in request:
+        return None
+    number, path = request["lora"]
+    return LoRARequest(f"adapter-{number}", number, path)
 
 
 def scheduler(llm: Any) -> Any:

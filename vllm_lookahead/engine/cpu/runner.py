@@ -187,6 +187,9 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             return prepared
         self.step.feed(self)
         flat = self.step.flat
+        if self.lora_config:  # vLLM saw one row of logits per request
+            num_rows = np.diff(flat.logits_start)
+            self.set_active_loras(self.input_batch, num_scheduled_tokens, num_rows)
         final = slots.where(torch.from_numpy(flat.is_final), -1)
         self.ops.write_tokens(self.pages, final, self.input_ids.cpu[:total])
         return torch.from_numpy(flat.logits_indices), *prepared[1:]

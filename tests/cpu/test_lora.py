@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests with different LoRA adapters side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cpu.test_lossless import FULL, POOL
+from tests.harness.adapters import RANK, make_adapter
+from tests.harness.engines import Engines
+from tests.harness.jobs import ACCEPTED, in_batches, prompts, request, same_as_plain
+
+ENABLED = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+
+
+@pytest.mark.parametrize("lookahead", [POOL, FULL], ids=["pool", "full"])
+def test_two_adapters_and_none(
+    engines: Engines, tmp_path: Path, lookahead: dict[str, int]
+) -> None:
+    adapters = [(n, str(make_adapter(tmp_path / f"{n}", seed=n))) for n in (1, 2)]
+    requests = []
+    for i, text in enumerate(prompts(4, seed=70)):
+        own: dict[str, Any] = {"temperature": 0.7, "seed": i} if i % 2 else {}
+        one = request(text, max_tokens=30, **own)
+        requests += [one, *(one | {"lora": adapter} for adapter in adapters)]
+    # Alone, then two adapters beside a request without.
+    jobs = in_batches(requests[:3], 1) + in_batches(requests, 3)
+    result = same_as_plain(engines, jobs, lookahead, **ENABLED)
+    assert result["metrics"][ACCEPTED] > 0
+    bare, one, two = (o["tokens"] for o in result["outputs"][:3])
+    assert bare != one != two != bare
