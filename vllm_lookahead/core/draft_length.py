@@ -51,17 +51,22 @@ class DraftLengthPolicy:
         self._moments = np.zeros((4, 4))
         self._costs = _PRIOR_COSTS
 
-    def observe_step(self, seconds: float, num_tokens: int, num_emitted: int) -> None:
+    def observe_step(self, seconds: float, num_tokens: int, num_emitted: int) -> bool:
         """Account for a finished step that only decoded.
 
         Args:
             seconds: from its start to the next step's.
             num_tokens: fed, drafts included.
             num_emitted: tokens the step's requests gained.
+
+        Returns:
+            Whether `chain_length` was learned anew.
         """
         self._steps.append((1.0, num_tokens, num_emitted, seconds))
-        if len(self._steps) == _UPDATE_EVERY:
-            self._update()
+        if len(self._steps) < _UPDATE_EVERY:
+            return False
+        self._update()
+        return True
 
     @property
     def threshold(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import (
     CachedRequestData,
@@ -22,7 +23,7 @@ from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.draft_length import DraftLengthPolicy
-from vllm_lookahead.core.pages import BlockPages, page_bytes
+from vllm_lookahead.core.pages import EMPTY, BlockPages, page_bytes
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.cpu import linear
@@ -67,8 +68,6 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.idle_generators: dict[int, torch.Generator] = {}
         self.request_params: dict[str, LookaheadParams] = {}
         self.policy = DraftLengthPolicy(params)
-        # Every rank must draft the same, and each has a clock of its own.
-        self.is_learning = self.parallel_config.tensor_parallel_size == 1
         self.step_start = time.perf_counter()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -157,10 +156,13 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def _start_step(self) -> None:
         now = time.perf_counter()
-        if self.is_learning and self.step is not None and self.step.only_decodes:
-            self.policy.observe_step(
+        if self.step is not None and self.step.only_decodes:
+            has_learned = self.policy.observe_step(
                 now - self.step_start, self.step.num_tokens, self.step.num_emitted
             )
+            if has_learned and get_tp_group().world_size > 1:
+                # Every rank must draft the same, and each has a clock of its own.
+                get_tp_group().broadcast(self.policy.chain_length)
         self.step, self.step_start = None, now
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
@@ -183,7 +185,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         total = scheduler_output.total_num_scheduled_tokens
         slots = self.input_batch.block_table[0].slot_mapping.cpu[:total]
         if self.step is None:
-            self.ops.write_tokens(self.pages, slots, self.input_ids.cpu[:total])
+            self.ops.write_tokens(self.pages, slots, self._tokens(total))
             return prepared
         self.step.feed(self)
         flat = self.step.flat
@@ -191,8 +193,15 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             num_rows = np.diff(flat.logits_start)
             self.set_active_loras(self.input_batch, num_scheduled_tokens, num_rows)
         final = slots.where(torch.from_numpy(flat.is_final), -1)
-        self.ops.write_tokens(self.pages, final, self.input_ids.cpu[:total])
+        self.ops.write_tokens(self.pages, final, self._tokens(total))
         return torch.from_numpy(flat.logits_indices), *prepared[1:]
+
+    def _tokens(self, total: int) -> torch.Tensor:
+        """[total] int32 of the batch, EMPTY where a prompt is embeddings."""
+        tokens = self.input_ids.cpu[:total]
+        if not self.enable_prompt_embeds:
+            return tokens
+        return tokens.where(self.is_token_ids.cpu[:total], EMPTY)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
