@@ -140,6 +140,7 @@ CASES = {
     "window": make_case([WINDOW], [61]),
     "across blocks": make_case([BRANCHES, CHAIN], [30, 64]),
     "large blocks": make_case([BRANCHES], [200], block_size=128),
+    "a long context": make_case([[-1, 0, 0]], [6000], block_size=128),
     "small blocks": make_case([BRANCHES], [40], block_size=16),
     "multi-head": make_case([BRANCHES], [50], heads=(3, 3), head_size=96),
     "multi-query": make_case([BRANCHES, WINDOW], [50, 3], heads=(8, 1), head_size=32),

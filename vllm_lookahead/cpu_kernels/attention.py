@@ -5,7 +5,8 @@ vLLM's C++ kernels attend in causal order only. This one lets a node see the con
 its ancestors and itself, and takes every sum in the order in which vLLM's `vec` kernel
 would take it for the same tokens in a row (csrc/cpu/cpu_attn_impl.hpp `apply_softmax`,
 cpu_attn_vec.hpp `TileGemm82`, cpu_arch_macros.h DEFINE_FAST_EXP). So a node's output is
-that of plain decoding to the last bit, wherever in the tree it lies.
+that of plain decoding to the last bit, wherever in the tree it lies, while a context
+fits one of that kernel's tiles: (L2 / 2 - 64 * head_size) / 32 tokens, 16k for 1 MiB.
 """
 
 from dataclasses import dataclass
