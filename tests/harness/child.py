@@ -152,6 +152,8 @@ def generate(llm: Any, batch: list[dict[str, Any]]) -> list[tuple[Any, int | Non
         if not request.keys() & {"abort_after", "watch"}:
             params.output_kind = RequestOutputKind.FINAL_ONLY
         prompt = {"prompt_token_ids": request["prompt"]}
+        if "embeds" in request:
+            prompt = {"prompt_embeds": embeds(llm, **request["embeds"])}
         if "salt" in request:
             prompt["cache_salt"] = request["salt"]
         engine.add_request(name, prompt, params, lora_request=lora(request))
@@ -180,6 +182,15 @@ def sampling_params(request: dict[str, Any]) -> Any:
     if bias := options.get("logit_bias"):  # JSON has no integer keys
         options["logit_bias"] = {int(token): b for token, b in bias.items()}
     return SamplingParams(**options)
+
+
+def embeds(llm: Any, seed: int, length: int) -> Any:
+    """A prompt that no tokens spell."""
+    import torch
+
+    size = llm.model_config.get_hidden_size()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(length, size, generator=generator)
 
 
 def lora(request: dict[str, Any]) -> Any:

@@ -80,6 +80,7 @@ def ask_model(
     config = vllm_config.model_config
     needs_more = (
         config.is_multimodal_model
+        or config.enable_prompt_embeds  # compiled for embeddings alone
         or vllm_config.lora_config is not None
         or vllm_config.parallel_config.enable_eplb
     )

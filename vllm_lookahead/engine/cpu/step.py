@@ -113,6 +113,8 @@ class TreeStep:
         at, tokens, position = self.flat.fed
         runner.input_ids.np[at] = tokens
         runner.positions.numpy()[at] = position
+        # With `enable_prompt_embeds` vLLM embeds the rows marked so, here N of a tree.
+        runner.is_token_ids.np[at] = True
 
     def tree_rows(self, runner: "LookaheadCPUModelRunner") -> TreeRows | None:
         """The trees for attention, None where causal order will do."""
