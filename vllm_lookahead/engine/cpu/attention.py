@@ -79,6 +79,14 @@ class ChainAttentionImpl(CPUAttentionBackendImpl):
 
 
 class TreeAttentionImpl(ChainAttentionImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.sinks is not None:
+            raise ValueError(
+                "drafts that branch do not support attention sinks: use window_size=0 "
+                "with verification_set_size=1, or start without lookahead"
+            )
+
     def forward(
         self,
         layer: AttentionLayer,
@@ -114,13 +122,13 @@ class TreeAttentionImpl(ChainAttentionImpl):
         if as_vllm and torch.get_num_threads() == 1:
             tree_attention(query, kv_cache, trees, self.scale, out)
             return
-        keys, values = kv_views(kv_cache)
+        fp8 = None
         if self.is_fp8_kv_cache:
-            keys = keys.view(FP8[self.kv_cache_dtype]).float() * layer._k_scale_float
-            values = values.view(FP8[self.kv_cache_dtype]).float()
-            values = values * layer._v_scale_float
+            scales = layer._k_scale_float, layer._v_scale_float
+            fp8 = FP8[self.kv_cache_dtype], *scales
+        keys, values = kv_views(kv_cache)
         masked_attention(
-            query, keys, values, trees, self.scale, self.logits_soft_cap, out
+            query, keys, values, trees, self.scale, self.logits_soft_cap, out, fp8
         )
 
 
@@ -175,6 +183,7 @@ def masked_attention(
     scale: float,
     soft_cap: float,
     out: torch.Tensor,
+    fp8: tuple[torch.dtype, float, float] | None = None,
 ) -> None:
     """`cpu_kernels.attention.tree_attention` in PyTorch, up to rounding.
 
@@ -185,6 +194,7 @@ def masked_attention(
         scale: softmax scale.
         soft_cap: of the logits; 0 for none.
         out: as `query`; the rows of `trees` are written.
+        fp8: what the bytes of keys and values are, and their scales.
     """
     num_heads, kv_heads = query.shape[1], keys.shape[1]
     group, block_size = num_heads // kv_heads, keys.shape[3]
@@ -195,6 +205,9 @@ def masked_attention(
         # Slots beyond the tree are cut off, not masked: a NaN there would spread.
         k = keys[blocks.long()].permute(1, 2, 0, 3).flatten(2)[..., :length]
         v = values[blocks.long()].transpose(0, 1).flatten(1, 2)[:, :length]
+        if fp8 is not None:  # the blocks of a tree, not the whole cache
+            kind, k_scale, v_scale = fp8
+            k, v = k.view(kind).float() * k_scale, v.view(kind).float() * v_scale
         q = query[first : first + n].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
         scores = (q.flatten(1, 2).float() * scale) @ k.float()  # [h, group * n, length]
         if soft_cap:
