@@ -2,6 +2,7 @@
 """Which models and set-ups lookahead can run, and with which engine."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,14 +42,39 @@ def cpu_branches_freely() -> bool:
     """Whether this CPU attends trees that branch as it attends chains.
 
     As fast and to the same bit, that is: where vLLM's kernels are those that
-    `cpu_kernels.attention` follows, and where a worker has one thread, as with two
-    cores, of which vLLM leaves one to others. AMX packs K in tiles of its own.
+    `cpu_kernels.attention` follows, and where a worker has one thread. AMX packs K in
+    tiles of its own.
     """
     return (
         torch.cpu._is_avx512_supported()
         and not torch.cpu._is_amx_tile_supported()
-        and len(os.sched_getaffinity(0)) <= 2
+        and threads_per_worker() == 1
     )
+
+
+def threads_per_worker() -> int:
+    """How many threads vLLM's `OMPProcessManager` will give a CPU worker, at most."""
+    bind = envs.VLLM_CPU_OMP_THREADS_BIND
+    if bind == "nobind" or not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        return torch.get_num_threads()
+    if bind != "auto":
+        from vllm.utils.cpu_resource_utils import parse_id_list
+
+        return max(len(parse_id_list(cores)) for cores in bind.split("|"))
+    cores, reserved = len(os.sched_getaffinity(0)), envs.VLLM_CPU_NUM_OF_RESERVED_CPU
+    reserved = 1 if reserved is None else reserved
+    # It reserves nothing where nothing would be left.
+    return cores - reserved if cores > reserved else cores
+
+
+def refuse(found: Mapping[str, bool]) -> None:
+    """Raise for the first of the features found on, by name."""
+    for name, is_on in found.items():
+        if is_on:
+            raise ValueError(
+                f"lookahead does not run with {name}: switch it off, or start "
+                "without lookahead"
+            )
 
 
 def check_supported(model: Any, parallel: Any) -> None:

@@ -31,6 +31,7 @@ from vllm_lookahead.engine.cpu.attention import slot_views
 from vllm_lookahead.engine.cpu.sampling import sample_along_trees
 from vllm_lookahead.engine.cpu.step import TreeStep
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
+from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.params import LookaheadParams, request_params
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
@@ -56,6 +57,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         params: LookaheadParams,
         is_scheduled_ahead: bool,
     ) -> None:
+        fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
+        refuse({"kv_sharing_fast_prefill": fast_prefill})
         super().__init__(vllm_config, device)
         self.params = params
         self.is_scheduled_ahead = is_scheduled_ahead

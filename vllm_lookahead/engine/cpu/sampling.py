@@ -90,7 +90,7 @@ def upcoming_draws(runner: "LookaheadCPUModelRunner", rows: np.ndarray) -> Draws
         metadata.all_greedy
         or runner.bigram_logits is None
         or sampler.forward.__name__ != "forward_cpu"
-        or sampler.use_fp64_gumbel
+        or getattr(sampler, "use_fp64_gumbel", True)  # by that name in vLLM 0.32
     ):
         return None
     depths, num_requests = runner.params.ngram_size - 1, runner.input_batch.num_reqs

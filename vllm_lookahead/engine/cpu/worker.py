@@ -11,9 +11,24 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker import cpu_worker
 
+from vllm_lookahead.engine.cpu import linear
 from vllm_lookahead.engine.cpu.notify import notify_only_idle_readers
 from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
 from vllm_lookahead.engine.support import CPU_EXECUTOR
+
+
+def plain_config(vllm_config: VllmConfig) -> VllmConfig:
+    """What vLLM's runner works under, as in plain decoding; ours does the rest."""
+    plain = copy.copy(vllm_config)
+    plain.speculative_config = None
+    plain.scheduler_config = copy.copy(plain.scheduler_config)
+    plain.scheduler_config.async_scheduling = False
+    # Graphs that call other linear layers, or plain vLLM's, must not come from the
+    # same cache.
+    if isinstance(plain.additional_config, dict):
+        own = {"lookahead_linear": linear.is_useful()}
+        plain.additional_config = plain.additional_config | own
+    return plain
 
 
 class LookaheadCPUWorker(cpu_worker.CPUWorker):
@@ -33,14 +48,7 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
         def make_runner(
             vllm_config: VllmConfig, device: torch.device
         ) -> LookaheadCPUModelRunner:
-            # Below, vLLM runs plain decoding; the runner does the rest.
-            plain = copy.copy(vllm_config)
-            plain.speculative_config = None
-            plain.scheduler_config = copy.copy(plain.scheduler_config)
-            plain.scheduler_config.async_scheduling = False
-            # Plain vLLM and this must not share a cache of compiled graphs.
-            if isinstance(plain.additional_config, dict):
-                plain.additional_config = {**plain.additional_config, "lookahead": 1}
+            plain = plain_config(vllm_config)
             ahead = vllm_config.scheduler_config.async_scheduling
             return LookaheadCPUModelRunner(plain, device, lookahead.params, ahead)
 

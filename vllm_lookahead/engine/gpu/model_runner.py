@@ -36,6 +36,7 @@ from vllm_lookahead.engine.gpu.speculator import LookaheadSpeculator
 from vllm_lookahead.engine.gpu.step import Plan, TreeStep
 from vllm_lookahead.engine.gpu.trees import TreeSlots
 from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
+from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -86,20 +87,16 @@ class LookaheadModelRunner(BaseModelRunner):
 
     def _refuse(self) -> None:
         """Raise for what trees do not run with, by name."""
-        found = {
-            "kv_sharing_fast_prefill": self.cache_config.kv_sharing_fast_prefill,
-            "batch-sharded sampling": self.batch_sharder is not None,
-            "watermarking": self.vllm_config.watermark_config is not None,
-            "trace replay": self.model_config.enable_trace_replay,
-            "return_sampling_mask": self.model_config.return_sampling_mask,
-            "a sampler of the model's own": type(self.sampler) is not Sampler,
-        }
-        for name, is_on in found.items():
-            if is_on:
-                raise ValueError(
-                    f"lookahead does not run with {name}: switch it off, or start "
-                    "without lookahead"
-                )
+        refuse(
+            {
+                "kv_sharing_fast_prefill": self.cache_config.kv_sharing_fast_prefill,
+                "batch-sharded sampling": self.batch_sharder is not None,
+                "watermarking": self.vllm_config.watermark_config is not None,
+                "trace replay": self.model_config.enable_trace_replay,
+                "return_sampling_mask": self.model_config.return_sampling_mask,
+                "a sampler of the model's own": type(self.sampler) is not Sampler,
+            }
+        )
 
     def initialize_kv_cache(
         self,
