@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import Draws
 from vllm_lookahead.core.pages import BlockPages
 
 # Pages live as long as the engine, and a view costs 1 us to make.
@@ -53,3 +54,15 @@ def batch_arrays(batch: RequestBatch) -> list[np.ndarray]:
         batch.max_nodes,
     )
     return [array(column, torch.int32) for column in columns]
+
+
+def draws_arrays(draws: Draws | None) -> list[np.ndarray]:
+    """Empty without draws."""
+    if draws is None:
+        no_rows = np.empty((0, 0), np.int64), np.empty(0, np.float32)
+        return [*no_rows, np.empty((0, 0), np.float32)]
+    return [
+        array(draws.seeds, torch.int64),
+        array(draws.temperature, torch.float32),
+        array(draws.logits, torch.float32),
+    ]

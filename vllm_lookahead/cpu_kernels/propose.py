@@ -17,15 +17,15 @@ from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.core.pool import BIGRAM, ENTRIES_PER_CANDIDATE, MAX_CONTEXT
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
 from vllm_lookahead.core.window import SEED_STRIDE
-from vllm_lookahead.cpu_kernels.arrays import array, batch_arrays, page_arrays
+from vllm_lookahead.cpu_kernels.arrays import (
+    array,
+    batch_arrays,
+    draws_arrays,
+    page_arrays,
+)
 from vllm_lookahead.cpu_kernels.jit import kernel
 
 NO_BIGRAMS = np.empty((0, 0), np.int32)
-NO_DRAWS = (
-    np.empty((0, 0), np.int64),
-    np.empty(0, np.float32),
-    np.empty((0, 0), np.float32),
-)
 
 
 @kernel
@@ -369,14 +369,6 @@ def _propose_kernel(
         num_nodes[b] = node
 
 
-def _draws_arrays(draws: Draws) -> tuple[np.ndarray, ...]:
-    return (
-        array(draws.seeds, torch.int64),
-        array(draws.temperature, torch.float32),
-        array(draws.logits, torch.float32),
-    )
-
-
 def propose(
     pages: BlockPages,
     batch: RequestBatch,
@@ -396,7 +388,7 @@ def propose(
         *batch_arrays(batch),
         array(chain_length, torch.int32),
         NO_BIGRAMS if bigrams is None else array(bigrams, torch.int32),
-        *(NO_DRAWS if draws is None else _draws_arrays(draws)),
+        *draws_arrays(draws),
         ENTRIES_PER_CANDIDATE,
         SEED_STRIDE,
         columns,
