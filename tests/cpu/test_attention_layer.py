@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer does with its cache where trees branch."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.cpu.test_tree_attention import BRANCHES, make_case
+from vllm_lookahead.cpu_kernels.attention import tree_attention
 from vllm_lookahead.engine.cpu.attention import (
     ChainAttentionImpl,
     TreeAttentionImpl,
@@ -65,3 +67,31 @@ def test_attention_sinks() -> None:
     assert make_layer(ChainAttentionImpl, **options).sinks is not None
     with pytest.raises(ValueError, match="attention sinks: use window_size=0 with"):
         make_layer(TreeAttentionImpl, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("kv_cache", (9, 2, 24, 128)),
+        ("kv_cache", (9, 3, 32, 128)),
+        ("kv_cache", (9, 2, 32, 96)),
+        ("query", (6, 4, 40)),
+        ("out", (5, 4, 64)),
+    ],
+)
+def test_shapes_that_would_leave_the_tensors(name: str, shape: tuple[int, ...]) -> None:
+    shapes = {"query": (6, 4, 64), "kv_cache": (9, 2, 32, 128), "out": (6, 4, 64)}
+    tensors = {k: torch.zeros(v) for k, v in (shapes | {name: shape}).items()}
+    trees = make_case([BRANCHES], [10]).trees
+    words = re.escape(f"{name} {[*shape]}")
+    with pytest.raises(ValueError, match=f"multiples of 16 .*{words}"):
+        tree_attention(**tensors, trees=trees, scale=1.0)
+
+
+def test_a_cache_that_the_kernel_cannot_read() -> None:
+    query, cache = torch.zeros(6, 4, 64), torch.zeros(9, 2, 32, 128)
+    trees = make_case([BRANCHES], [10]).trees
+    for wrong in (cache[::2], cache.double()):
+        words = f"expected a contiguous K/V cache .* got {wrong.dtype} with strides"
+        with pytest.raises(TypeError, match=words):
+            tree_attention(query, wrong, trees, 1.0, torch.zeros_like(query))

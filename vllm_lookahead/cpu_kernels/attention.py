@@ -307,6 +307,29 @@ class TreeRows:
     covers_batch: bool
 
 
+def _check(query: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise for shapes with which the kernel would leave the tensors."""
+    if kv_cache.dtype not in DTYPES or not kv_cache.is_contiguous():
+        raise TypeError(
+            f"expected a contiguous K/V cache of one of {DTYPES}, got "
+            f"{kv_cache.dtype} with strides {kv_cache.stride()}"
+        )
+    _, num_kv_heads, block_size, both = kv_cache.shape
+    _, num_heads, head_size = query.shape
+    if (
+        out.shape != query.shape
+        or both != 2 * head_size
+        or num_heads % num_kv_heads
+        or block_size % LANES
+        or head_size % LANES
+    ):
+        raise ValueError(
+            f"expected heads and blocks in multiples of {LANES} elements and slots, "
+            f"and one size of heads, got query {[*query.shape]}, kv_cache "
+            f"{[*kv_cache.shape]} and out {[*out.shape]}"
+        )
+
+
 def tree_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -325,6 +348,7 @@ def tree_attention(
         scale: softmax scale.
         out: as `query`; the rows of `trees` are written.
     """
+    _check(query, kv_cache, out)
     rows = torch.empty(out.shape) if trees.covers_batch else out.float().contiguous()
     _attend(
         query.float().contiguous().numpy(),
