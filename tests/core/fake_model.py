@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from tests.core.build import Row, full_length, make_batch, make_pages, write
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.bigrams import Draws
 from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.tree import DraftTree
 
@@ -55,6 +57,12 @@ class FakeModel:
             h = _mix(h, token + 1)
         return (h >> 29) % self.vocab
 
+    def bigrams(self) -> torch.Tensor:
+        """What it says after each token alone, and two others; [V, 3] int32."""
+        first = [self.next_token([token]) for token in range(self.vocab)]
+        rows = [[t, (t + 1) % self.vocab, (t + 2) % self.vocab] for t in first]
+        return torch.tensor(rows, dtype=torch.int32)
+
     def continue_text(self, prompt: Sequence[int], count: int) -> list[int]:
         """Sequential decoding: what lookahead must reproduce."""
         text = list(prompt)
@@ -95,8 +103,16 @@ class FakeEngine:
         block_size: int,
         num_blocks: int,
         seed: int,
+        with_bigrams: bool = False,
     ) -> None:
+        """
+        Args:
+            with_bigrams: draft them, ranked by noise where a request is not greedy,
+                and cut chains to random lengths.
+        """
         w, self.n, self.g = sizes
+        self.with_bigrams = with_bigrams
+        self.bigrams = model.bigrams()
         self.ops, self.model, self.block_size = ops, model, block_size
         self.rng = random.Random(seed)
         self.pages = make_pages(num_blocks, block_size, w, self.n)
@@ -138,7 +154,7 @@ class FakeEngine:
         batch = make_batch(rows, filler=self.rng.randrange(len(self.pages.window)))
         for row in rows:
             write(self.ops, self.pages, row.blocks, [row.root], row.position)
-        tree = self.ops.propose(self.pages, batch, full_length(self.g, self.n))
+        tree = self._propose(batch)
         sampled = self._forward(requests, tree)
         verdict = self.ops.verify(tree, sampled, self.n)
         self.ops.compact(self.caches, batch, verdict, self.block_size)
@@ -147,6 +163,19 @@ class FakeEngine:
             count = int(verdict.num_emitted[b])
             request.text += verdict.tokens[b, :count].tolist()
             request.emitted.append(count)
+
+    def _propose(self, batch: RequestBatch) -> DraftTree:
+        lengths = full_length(self.g, self.n)
+        if not self.with_bigrams:
+            return self.ops.propose(self.pages, batch, lengths)
+        count = len(batch.root)
+        draws = Draws(
+            torch.randint(2**31, (count, self.n - 1)),
+            torch.rand(count) * torch.randint(2, (count,)),
+            torch.rand(self.bigrams.shape),
+        )
+        lengths = lengths.minimum(torch.randint_like(lengths, 2 * self.n))
+        return self.ops.propose(self.pages, batch, lengths, self.bigrams, draws)
 
     def _put(
         self,
@@ -178,7 +207,9 @@ class FakeEngine:
         """The model's token after every node."""
         sampled = torch.full(tree.tokens.shape, WRONG, dtype=torch.int32)
         tokens, depths = tree.tokens.tolist(), tree.depths.tolist()
-        mask = tree.ancestors().tolist()
+        # What the engine's attention reads, where that is an op.
+        ancestors = getattr(self.ops, "ancestors", DraftTree.ancestors)
+        mask = ancestors(tree).tolist()
         for b, request in enumerate(requests):
             p, size = len(request.text) - 1, int(tree.num_nodes[b])
             positions = [p + depth for depth in depths[b][:size]]

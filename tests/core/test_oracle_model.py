@@ -52,15 +52,21 @@ def start_all(
 
 def room(request: FakeRequest) -> int:
     size = LookaheadParams(request.w, request.n, request.g).max_tree_size
-    return LONG + EMITTED + request.n + size
+    return max(LONG, len(request.prompt)) + EMITTED + request.n + size
 
 
 def make_engine(
-    ops: LookaheadOps, model: FakeModel, sizes: tuple[int, int, int], block_size: int
+    ops: LookaheadOps,
+    model: FakeModel,
+    sizes: tuple[int, int, int],
+    block_size: int,
+    longest: int = LONG,
+    with_bigrams: bool = False,
 ) -> FakeEngine:
-    capacity = LONG + EMITTED + sizes[1] + LookaheadParams(*sizes).max_tree_size
+    capacity = longest + EMITTED + sizes[1] + LookaheadParams(*sizes).max_tree_size
     num_blocks = 6 * (capacity // block_size + 1)
-    return FakeEngine(ops, model, sizes, block_size, num_blocks, seed=sum(sizes))
+    seed = sum(sizes)
+    return FakeEngine(ops, model, sizes, block_size, num_blocks, seed, with_bigrams)
 
 
 def assert_lossless(model: FakeModel, requests: Sequence[FakeRequest]) -> None:
@@ -93,6 +99,38 @@ def test_output_is_sequential_decoding(ops, sizes, model, block_size):
         assert sum(steps) / len(steps) > 1.2
     if g and model is MARKOV:
         assert max(steps) == n, "a full match emits its N-1 tokens and the bonus"
+
+
+@pytest.mark.parametrize("model", [MARKOV, COIN], ids=["markov", "coin"])
+@pytest.mark.parametrize(
+    "sizes", [(0, 2, 1), (0, 8, 8), (5, 4, 5), (15, 5, 15)], ids=str
+)
+def test_bigrams_of_the_model(ops, sizes, model):
+    """Chains that begin with them and end in them, cut to any length."""
+    torch.manual_seed(7)
+    engine = make_engine(ops, model, sizes, 32, with_bigrams=True)
+    requests = start_all(
+        engine, [prompt(k, model) for k in (1, 2, 3, LONG)], [sizes] * 4
+    )
+    run(engine, requests, LONG + EMITTED)
+    assert_lossless(model, requests)
+    steps = [length for request in requests for length in request.emitted]
+    assert sum(steps) / len(steps) > 1.2
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (20, 8, 20)], ids=str)
+def test_prompts_longer_than_the_tree_in_blocks_of_128(ops, sizes):
+    """Before, at and behind the borders of blocks."""
+    lengths = [127, 128, 129, 383, 600]
+    assert lengths[-1] > 2 * LookaheadParams(*sizes).max_tree_size
+    engine = make_engine(ops, COIN, sizes, 128, longest=lengths[-1])
+    requests = start_all(engine, [prompt(k, COIN) for k in lengths], [sizes] * 5)
+    for request in requests:
+        run(engine, [request], len(request.prompt) + EMITTED)
+    run(engine, requests, 128 + EMITTED + 20)
+    assert_lossless(COIN, requests)
+    steps = [length for request in requests for length in request.emitted]
+    assert sum(steps) / len(steps) > 1.2
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33])
