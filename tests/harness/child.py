@@ -32,7 +32,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-WATCHED = ("waits", "allocated", "steps")
+WATCHED = ("waits", "allocated", "steps", "trees", "merged")
 numbers = itertools.count()
 
 
@@ -60,7 +60,11 @@ class Engines:
                     str(model), speculative_config=job["lookahead"], **engine
                 )
             self.chunks = Chunks(scheduler(self.llm))
-            if job.get("watch"):
+            if job.get("watch") == "trees":
+                from watch_trees import WatchedTrees
+
+                self.watch = WatchedTrees(model_runner(self.llm))
+            elif job.get("watch"):
                 from watch import WatchedSteps
 
                 self.watch = WatchedSteps(model_runner(self.llm))
@@ -98,7 +102,7 @@ def logits_in_chunks(rows: int | None) -> AbstractContextManager:
 
 def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     llm = engines.get(job)
-    before, chunks = counters(llm), engines.chunks
+    before, at_before, chunks = counters(llm), accepted_at(llm), engines.chunks
     chunks.steps = chunks.beside_drafts = 0
     start = time.perf_counter()
     outputs, samples, usage = [], [], []
@@ -111,6 +115,8 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
                 {
                     "tokens": list(completion.token_ids),
                     "reason": completion.finish_reason,
+                    "stop": completion.stop_reason,
+                    "text": completion.text,
                     "cached": output.num_cached_tokens,
                     "logprobs": logprobs
                     and [
@@ -128,11 +134,16 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
         "usage": usage,
         "seconds": time.perf_counter() - start,
         "metrics": {k: v - before.get(k, 0) for k, v in after.items()},
+        "accepted_at": [
+            a - b for a, b in zip(accepted_at(llm), at_before, strict=True)
+        ],
         "scheduler": type(scheduler(llm)).__name__,
         "attention": attention(llm),
         "chunks": [chunks.steps, chunks.beside_drafts],
         "watched": engines.watch
-        and {name: getattr(engines.watch, name) for name in WATCHED},
+        and {
+            k: v for k in WATCHED if (v := getattr(engines.watch, k, None)) is not None
+        },
     }
 
 
@@ -177,8 +188,9 @@ def sampling_params(request: dict[str, Any]) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
     options = dict(request["params"])
-    if regex := options.pop("regex", None):
-        options["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    kinds = ("regex", "json", "choice")
+    if grammar := {k: options.pop(k) for k in kinds if k in options}:
+        options["structured_outputs"] = StructuredOutputsParams(**grammar)
     if bias := options.get("logit_bias"):  # JSON has no integer keys
         options["logit_bias"] = {int(token): b for token, b in bias.items()}
     return SamplingParams(**options)
@@ -232,6 +244,14 @@ def counters(llm: Any) -> dict[str, float]:
 
     metrics = llm.get_metrics()
     return {m.name: m.value for m in metrics if isinstance(m, Counter)}
+
+
+def accepted_at(llm: Any) -> list[int]:
+    """Drafts accepted at each position of a draft."""
+    from vllm.v1.metrics.reader import Vector
+
+    vectors = [m.values for m in llm.get_metrics() if isinstance(m, Vector)]
+    return vectors[0] if vectors else []
 
 
 def jobs() -> Iterator[dict[str, Any]]:

@@ -69,7 +69,7 @@ class Engines:
         lookahead: dict[str, int] | None = None,
         *,
         model: list[int] = MODEL,
-        watch: bool = False,
+        watch: bool | str = False,
         **options: Any,
     ) -> dict[str, Any]:
         """Run batches one after the other.
@@ -78,11 +78,13 @@ class Engines:
             batches: lists of {"prompt": token ids, "params": SamplingParams}.
             lookahead: sizes, or None for plain decoding.
             model: arguments of `make_model`.
-            watch: every step, for what makes a GPU's host wait.
+            watch: every step, for what makes a GPU's host wait; or "trees", to count
+                those that the V1 runner drafts.
             options: of `LLM`.
         """
         job: dict[str, Any] = {"model": model, "engine": options, "batches": batches}
-        job["lookahead"] = lookahead and {"method": "lookahead", **lookahead}
+        sizes = None if lookahead is None else {"method": "lookahead", **lookahead}
+        job["lookahead"] = sizes
         job["watch"] = watch
         plain = lookahead is None
         key = json.dumps(job)

@@ -11,6 +11,7 @@ from tests.harness.engines import Engines
 SMALL = {"window_size": 3, "ngram_size": 3, "verification_set_size": 3}
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 DRAFTS = "vllm:spec_decode_num_drafts"
+DRAFTED = "vllm:spec_decode_num_draft_tokens"
 # A context, a batch and a K/V cache that requests run into the ends of.
 TIGHT = {
     "max_model_len": 96,
@@ -58,7 +59,7 @@ def same_as_plain(
     lookahead: dict[str, int] = SMALL,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compare tokens and finish reasons with plain vLLM; return lookahead's result."""
+    """Compare outputs with plain vLLM; return lookahead's result."""
     plain = engines.run(jobs, **options)
     result = engines.run(jobs, lookahead, **options)
     same_outputs(plain, result)
@@ -66,10 +67,10 @@ def same_as_plain(
 
 
 def same_outputs(plain: dict[str, Any], result: dict[str, Any]) -> None:
-    """The same tokens and finish reasons."""
+    """The same tokens, text and reasons to finish."""
     for one, other in zip(plain["outputs"], result["outputs"], strict=True):
-        assert other["tokens"] == one["tokens"]
-        assert other["reason"] == one["reason"]
+        for name in ("tokens", "text", "reason", "stop"):
+            assert other[name] == one[name]
 
 
 def same_logprobs(plain: dict[str, Any], result: dict[str, Any]) -> None:
