@@ -9,6 +9,7 @@ import torch
 from tests.harness.engines import Engines
 from tests.harness.jobs import (
     ACCEPTED,
+    DRAFTED,
     DRAFTS,
     TIGHT,
     bigrams_are_drafted,
@@ -21,6 +22,7 @@ from tests.harness.jobs import (
 POOL = {"window_size": 0, "ngram_size": 6, "verification_set_size": 1}
 TREE = {"window_size": 0, "ngram_size": 5, "verification_set_size": 4}
 FULL = {"window_size": 5, "ngram_size": 4, "verification_set_size": 5}
+DEFAULT: dict[str, int] = {}
 # Seed and K/V heads of 4: grouped, multi-head and multi-query attention.
 SHAPES = [[0, 2], [1, 4], [2, 1]]
 SAMPLERS: list[dict[str, Any]] = [
@@ -32,7 +34,9 @@ SAMPLERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("model", SHAPES, ids=str)
-@pytest.mark.parametrize("lookahead", [POOL, TREE, FULL], ids=["pool", "tree", "full"])
+@pytest.mark.parametrize(
+    "lookahead", [POOL, TREE, FULL, DEFAULT], ids=["pool", "tree", "full", "default"]
+)
 def test_greedy_and_seeded(
     engines: Engines, model: list[int], lookahead: dict[str, int]
 ) -> None:
@@ -45,7 +49,13 @@ def test_greedy_and_seeded(
     ]
     jobs = in_batches(greedy, 12) + in_batches(seeded, 12)
     result = same_as_plain(engines, jobs, lookahead, model=model, max_num_seqs=12)
-    assert result["metrics"][ACCEPTED] > 0
+    metrics, depth = result["metrics"], lookahead.get("ngram_size", 8) - 1
+    drafted, accepted = metrics[DRAFTED], metrics[ACCEPTED]
+    # Neither the window's tokens nor those of other candidates are drafts.
+    assert 0 < accepted <= drafted <= depth * metrics[DRAFTS]
+    assert result["accepted_at"] == sorted(result["accepted_at"], reverse=True)
+    assert len(result["accepted_at"]) == depth
+    assert sum(result["accepted_at"]) == accepted
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
@@ -79,7 +89,9 @@ def test_chains_keep_the_kernels_of_vllm(engines: Engines, head_size: int) -> No
         assert result["scheduler"] == "LookaheadAsyncScheduler"
 
 
-@pytest.mark.parametrize("lookahead", [POOL, FULL], ids=["pool", "full"])
+@pytest.mark.parametrize(
+    "lookahead", [POOL, FULL, DEFAULT], ids=["pool", "full", "default"]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(engines: Engines, dtype: str, lookahead: dict[str, int]) -> None:
     """Outputs part ways only where plain vLLM's two likeliest tokens tie."""

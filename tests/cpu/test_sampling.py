@@ -11,10 +11,17 @@ import torch
 from vllm import _custom_ops  # noqa: F401  loads the kernels
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from tests.cpu.test_lossless import FULL, TREE
+from tests.cpu.test_lossless import DEFAULT, FULL, TREE
 from tests.harness.engines import Engines
-from tests.harness.jobs import prompts, request, same_as_plain, same_logprobs
+from tests.harness.jobs import (
+    ACCEPTED,
+    prompts,
+    request,
+    same_as_plain,
+    same_logprobs,
+)
 from vllm_lookahead.core.bigrams import gumbel_noise
+from vllm_lookahead.engine.config import default_params
 from vllm_lookahead.engine.cpu.sampling import upcoming_draws
 
 
@@ -64,6 +71,53 @@ def test_grammar(engines: Engines) -> None:
     same_as_plain(engines, jobs, FULL)
 
 
+JSON = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 2}], ids=str)
+def test_kinds_of_grammar(engines: Engines, sampling: dict[str, Any]) -> None:
+    text = prompts(1, seed=10)[0]
+    own = {"ignore_eos": False, "max_tokens": 30} | sampling
+    jobs = [
+        [
+            request(text, json=JSON, **own),
+            request(text, **sampling),
+            request(text, choice=["yes, indeed", "yes or no", "no"], **own),
+        ]
+    ]
+    outputs = same_as_plain(engines, jobs, FULL)["outputs"]
+    assert outputs[0]["text"].lstrip().startswith("{")
+    assert outputs[2]["text"] in ("yes, indeed", "yes or no", "no")
+
+
+def test_logprobs_of_given_tokens(engines: Engines) -> None:
+    text = [9, 10, 11, 12] * 6
+    jobs = [
+        [request(text, logprob_token_ids=[3, 9, 40]), request(text)],
+        [request(text, logprob_token_ids=[5]), request(text, logprobs=3)],
+    ]
+    plain = engines.run(jobs)
+    same_logprobs(plain, same_as_plain(engines, jobs, TREE))
+
+
+def test_thinking_budget(engines: Engines) -> None:
+    """A budget that ends within what would be an n-gram, beside other requests."""
+    reasoning = {"reasoning_start_str": "<", "reasoning_end_str": "@"}
+    text = [9, 10, 11, 12] * 6 + [ord("<") - 30]
+    sampled = {"temperature": 0.7, "seed": 1}
+    jobs = [
+        [
+            request(text, thinking_token_budget=5, max_tokens=30),
+            request(text, max_tokens=30),
+            request(text, thinking_token_budget=7, max_tokens=30, **sampled),
+        ]
+    ]
+    result = same_as_plain(engines, jobs, TREE, reasoning_config=reasoning)
+    for output, budget in zip(result["outputs"], (5, None, 7), strict=True):
+        ends = [i for i, t in enumerate(output["tokens"]) if t == ord("@") - 30]
+        assert ends[:1] == ([] if budget is None else [budget])
+
+
 def test_custom_logits_processor(engines: Engines) -> None:
     text = [9, 10, 11, 12] * 6
     options = {"logits_processors": ["processors:NoTokenTwiceInARow"]}
@@ -96,10 +150,11 @@ def chi_square(one: Counter[Any], other: Counter[Any]) -> tuple[float, int]:
     return statistic, len(cells) - 1
 
 
-def test_unseeded_distribution(engines: Engines) -> None:
-    """20,000 draws of three tokens, with candidates that agree in part."""
+@pytest.mark.parametrize("lookahead", [TREE, DEFAULT], ids=["tree", "default"])
+def test_unseeded_distribution(engines: Engines, lookahead: dict[str, int]) -> None:
+    """20,000 draws of four tokens, with candidates that agree in part."""
     options = {"max_num_seqs": 64, "kv_cache_memory_bytes": 64 << 20}
-    sampling = {"temperature": 0.55, "max_tokens": 4, "n": 500}
+    sampling = {"temperature": 0.1, "max_tokens": 4, "n": 500}
     # The prompt ends in the root, which it holds before each likely continuation.
     root = 20
     likely = engines.run([[request([root], **sampling)]], **options)["samples"]
@@ -107,8 +162,11 @@ def test_unseeded_distribution(engines: Engines) -> None:
     text = [token for chain, _ in common for token in (root, *chain)] + [root]
     jobs = [[request(text, **sampling) for _ in range(10)] for _ in range(4)]
     plain = engines.run(jobs, **options)["samples"]
-    drafted = engines.run(jobs, TREE, **options)
-    assert drafted["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 100
+    drafted = engines.run(jobs, lookahead, watch="trees", **options)
+    # Of all tokens but the prefills', of which there are three times 20,000.
+    assert drafted["metrics"][ACCEPTED] > 0.2 * 60_000
+    if lookahead is TREE or default_params("cpu").can_branch:
+        assert drafted["watched"]["merged"] > 0.2 * drafted["watched"]["trees"]
     assert len(plain) == len(drafted["samples"]) == 20_000
     outcomes = 0
     for length in (1, 2, 3, 4):
