@@ -13,9 +13,11 @@ class LookaheadSchedulerOutput(SchedulerOutput):
 
     Attributes:
         most_nodes: of any tree; the K/V slots of as many are reserved.
+        cramped: requests with K/V slots for their placeholders only.
     """
 
     most_nodes: int = 1
+    cramped: set[str] = field(default_factory=set)
 
 
 @dataclass

@@ -57,6 +57,8 @@ class LookaheadScheduler(Scheduler):
         self.trees_share = worker == GPU_WORKER
         # Nodes of each tree of this step that are no placeholders, by request id.
         self.uncounted: dict[str, int] = {}
+        # Those of them that the K/V cache has no slots for.
+        self.cramped: set[str] = set()
         manager: Any = self.kv_cache_manager
         self._allocate_slots = manager.allocate_slots
         manager.allocate_slots = self.allocate_slots
@@ -79,7 +81,9 @@ class LookaheadScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.make_room()
         output = super().schedule(*args, **kwargs)
-        return LookaheadSchedulerOutput(**vars(output), most_nodes=self.most_nodes)
+        return LookaheadSchedulerOutput(
+            **vars(output), most_nodes=self.most_nodes, cramped=self.cramped
+        )
 
     def make_room(self) -> None:
         """Size the trees of the next step, and keep input tokens for their nodes.
@@ -93,6 +97,7 @@ class LookaheadScheduler(Scheduler):
             budget = min(MAX_TREE_TOKENS, self.input_tokens)
             self.most_nodes = tree_share([tree for tree, _ in sizes], budget)
         self.uncounted.clear()
+        self.cramped = set()
         free = self.input_tokens
         for request, (tree, verified) in zip(drafting, sizes, strict=True):
             nodes = nodes_within(tree, verified, self.most_nodes)
@@ -106,9 +111,20 @@ class LookaheadScheduler(Scheduler):
         self.max_num_scheduled_tokens = min(self.token_limit, self.input_tokens - room)
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, with K/V slots for the request's tree if this step feeds it one."""
-        kwargs["num_lookahead_tokens"] = self.uncounted.get(request.request_id, 0)
-        return self._allocate_slots(request, *args, **kwargs)
+        """vLLM's, with K/V slots for the request's tree if this step feeds it one.
+
+        No request is preempted for what another's tree would hold beside its
+        placeholders.
+        """
+        extra = self.uncounted.get(request.request_id, 0)
+        kwargs["num_lookahead_tokens"] = extra
+        slots = self._allocate_slots(request, *args, **kwargs)
+        if slots is None and extra:
+            kwargs["num_lookahead_tokens"] = 0
+            slots = self._allocate_slots(request, *args, **kwargs)
+            if slots is not None:
+                self.cramped.add(request.request_id)
+        return slots
 
     def num_drafts(self, request: Request) -> int:
         """Draft tokens to schedule for a request: N-1, or 0 when it is off."""

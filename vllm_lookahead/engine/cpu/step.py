@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.cpu_kernels.attention import TreeRows
 from vllm_lookahead.cpu_kernels.layout import (
+    NARROW,
     POSITION,
     ROW,
     FlatTrees,
@@ -19,6 +19,7 @@ from vllm_lookahead.cpu_kernels.layout import (
     size_trees,
 )
 from vllm_lookahead.engine.cpu.sampling import upcoming_draws
+from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 
 if TYPE_CHECKING:
     from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
@@ -59,7 +60,7 @@ class TreeStep:
 
     @classmethod
     def propose(
-        cls, runner: "LookaheadCPUModelRunner", output: SchedulerOutput
+        cls, runner: "LookaheadCPUModelRunner", output: LookaheadSchedulerOutput
     ) -> "TreeStep":
         """Draft for every request with placeholders, and widen `output` to match."""
         inputs, params = runner.input_batch, runner.params
@@ -81,6 +82,8 @@ class TreeStep:
             max(0, runner.max_num_tokens - output.total_num_scheduled_tokens),
             runner.needs_plain_rows(),
         )
+        cramped = [request_id in output.cramped for request_id in ids]
+        max_nodes[cramped] = np.minimum(max_nodes, table[:, NARROW])[cramped]
         # Contiguous, for kernels are compiled by layout.
         rows, position = table[:, ROW].copy(), table[:, POSITION]
         # The tree's own slots included: accepted nodes move out of them.

@@ -167,6 +167,7 @@ class LookaheadModelRunner(BaseModelRunner):
         cached = narrow.scheduled_cached_reqs
         # vLLM's warm-up does without our scheduler.
         share = getattr(narrow, "most_nodes", MAX_TREE_TOKENS // len(drafts))
+        cramped = getattr(narrow, "cramped", ())
         spare = self.max_num_tokens - narrow.total_num_scheduled_tokens
         for req_id, computed in zip(
             cached.req_ids, cached.num_computed_tokens, strict=True
@@ -175,6 +176,8 @@ class LookaheadModelRunner(BaseModelRunner):
                 num_drafts = len(placeholders)
                 room = self.max_model_len - computed
                 most = min(share, room, 1 + num_drafts + spare)
+                if req_id in cramped:
+                    most = min(most, 1 + num_drafts)
                 nodes = self.sizes.num_nodes(index[req_id], num_drafts, most)
                 num_tokens[req_id] = nodes
                 spare -= nodes - 1 - num_drafts
