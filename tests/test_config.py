@@ -116,6 +116,13 @@ def test_vllm_takes_the_config_through(tmp_path: Path) -> None:
     sent = pickle.loads(pickle.dumps(config))
     assert sent.speculative_config == config.speculative_config
     assert sent.compute_hash() == config.compute_hash()
+    # Compiled graphs are cached by it, and other methods' have other attention layers.
+    ngram = {"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 3}
+    other = engine_config(write_config(tmp_path), speculative_config=ngram)
+    assert other.speculative_config.compute_hash() not in (
+        config.speculative_config.compute_hash(),
+        sent.speculative_config.compute_hash(),
+    )
 
 
 def test_engine_args_can_be_used_twice(tmp_path: Path) -> None:

@@ -80,12 +80,11 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
         program: list[str],
         methods: str,
         temperature: float,
-        repeats: int,
         tokens: int = args.max_tokens,
     ) -> list[str]:
         command = [sys.executable, *program, *engine(model, "speed")]
         command += ["--methods", methods, "--temperature", str(temperature)]
-        command += ["--repeats", str(repeats), "--max-tokens", str(tokens)]
+        command += ["--max-tokens", str(tokens)]
         command += ["--gpu-memory-utilization", str(GPU_SHARE)]
         return [*command, "--start-limit", "180", "--output", OUT]
 
@@ -107,10 +106,10 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
     return [
         *stages,
         Stage("engine-correctness", 500, correctness(model)),
-        Stage("engine-speed", 480, speed(offline, both, 0, 3)),
-        Stage("engine-distinct", 420, speed(distinct, both, 0, 3, DISTINCT_TOKENS)),
-        Stage("engine-baselines", 540, speed(offline, baselines, 0, 2)),
-        Stage("engine-sampled", 420, speed(offline, both, 0.8, 2)),
+        Stage("engine-speed", 480, speed(offline, both, 0)),
+        Stage("engine-distinct", 420, speed(distinct, both, 0, DISTINCT_TOKENS)),
+        Stage("engine-baselines", 540, speed(offline, baselines, 0)),
+        Stage("engine-sampled", 420, speed(offline, both, 0.8)),
         Stage("kernel-flex", 400, flex),
         Stage("engine-float32", 300, correctness(args.source, "--dtype", "float32")),
     ]

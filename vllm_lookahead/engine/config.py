@@ -85,6 +85,13 @@ class LookaheadConfig(SpeculativeConfig):
         """Drafts come, like n-grams, without weights or K/V of their own."""
         return True
 
+    def compute_hash(self) -> str:
+        """vLLM's, but no other method's: it keys the cache of compiled graphs.
+
+        Attention layers of a GPU take queries that are not quantized yet.
+        """
+        return f"lookahead-{super().compute_hash()}"
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}={getattr(self, name)}" for name in RANGES)
         return f"LookaheadConfig({sizes})"

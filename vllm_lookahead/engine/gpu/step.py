@@ -125,7 +125,7 @@ class TreeStep:
 
         t = params.max_tree_size
         self.rows_per_request = 1 + params.max_candidate_nodes + params.window_size
-        max_rows = max_num_reqs * self.rows_per_request
+        max_rows = max(2, max_num_reqs * self.rows_per_request)  # two to warm up
         self._columns = zeros(5, max_num_reqs, t)
         self.tree = _tree(self._columns, zeros(max_num_reqs))
         self.position, self.root = zeros(max_num_reqs), zeros(max_num_reqs)
