@@ -21,7 +21,6 @@ from tests.core.equivalence import (
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.cpu_kernels import mask, propose, update, verify
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
@@ -83,8 +82,9 @@ def test_compaction_takes_caches_of_any_kind(dtype, shape):
 
 
 WARM_UP = """
+import importlib, pkgutil
 import torch
-from vllm_lookahead.cpu_kernels import mask, propose, update, verify
+from vllm_lookahead import cpu_kernels
 from vllm_lookahead.cpu_kernels.ops import warm_up
 from vllm_lookahead.params import LookaheadParams
 
@@ -93,23 +93,39 @@ before = cache.clone()
 for sizes in [(5, 4, 5), (0, 8, 8), (1, 2, 0)]:
     warm_up(LookaheadParams(*sizes), 16, [cache])
 assert torch.equal(cache, before)
-for module in (mask, propose, update, verify):
-    for name, kernel in vars(module).items():
-        if name.endswith("_kernel"):
-            print(name, len(kernel.signatures))
+for _, module, _ in pkgutil.iter_modules(cpu_kernels.__path__):
+    found = importlib.import_module(f"vllm_lookahead.cpu_kernels.{module}")
+    for name, kernel in vars(found).items():
+        if hasattr(kernel, "signatures") and kernel.__module__ == found.__name__:
+            print(f"{module}.{name}", len(kernel.signatures))
 """
+CALLED_FROM_PYTHON = [
+    "attention._attend",
+    "layout.size_trees",
+    "layout._lay_out_kernel",
+    "mask._ancestors_kernel",
+    "propose._propose_kernel",
+    "update._write_tokens_kernel",
+    "update._update_kernel",
+    "verify._verify_kernel",
+    "verify._moves_kernel",
+    "verify._move_kernel",
+    "verify._observe_kernel",
+    "walk._advance_kernel",
+]
 
 
-def kernel_names() -> list[str]:
-    modules = (mask, propose, update, verify)
-    return [n for m in modules for n in vars(m) if n.endswith("_kernel")]
+def signatures(output: str) -> dict[str, int]:
+    """Of every kernel, how often it was compiled or loaded."""
+    return {name: int(n) for name, n in (x.split() for x in output.splitlines())}
 
 
-@pytest.mark.slow
 def test_the_warm_up_compiles_each_kernel_once():
     python = [sys.executable, "-c", WARM_UP]
     done = subprocess.run(python, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:-1] == [f"{name} 1" for name in kernel_names()]
+    # Those that others call are compiled with these.
+    called = {name: n for name, n in signatures(done.stdout).items() if n}
+    assert called == dict.fromkeys(CALLED_FROM_PYTHON, 1)
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 0), (64, 2, 0), (0, 2, 64), (0, 16, 20)])
@@ -129,4 +145,4 @@ def test_without_a_folder_for_the_cache(tmp_path):
         text=True,
         check=True,
     )
-    assert len(done.stdout.split("\n")) == len(kernel_names()) + 1
+    assert len(signatures(done.stdout)) > 20

@@ -222,6 +222,20 @@ def test_pages_follow_copied_blocks():
         assert torch.equal(page, old[[0, 1, 0, 3, 3]])
 
 
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "sizes",
+    [(15, 5, 15), (0, 8, 8), (0, 2, 64), (64, 2, 64), (64, 8, 0), (34, 16, 0)],
+    ids=str,
+)
+def test_pages_take_under_2_percent_of_a_1b_models_kv_memory(sizes, block_size):
+    """Of Llama 3.2 1B: 16 layers of 8 K/V heads of 64, in bf16."""
+    kv_bytes = block_size * 16 * 2 * 8 * 64 * 2
+    pages = page_bytes(block_size, LookaheadParams(*sizes))
+    share = pages / (pages + kv_bytes)
+    assert share < (0.004 if sizes == (15, 5, 15) else 0.02)
+
+
 @pytest.mark.parametrize("sizes", [(0, 2, 0), (1, 2, 1), (15, 5, 15), (64, 4, 8)])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_page_bytes_is_what_pages_take(sizes, block_size):
