@@ -96,6 +96,25 @@ def test_the_repository_on_the_path_does_not_give_it_away(
     assert run(installed, code, project) == "triton_kernels"
 
 
+HAS_TRITON_KERNELS = """
+import sys
+from vllm.utils import import_utils
+
+print(import_utils.has_triton_kernels(), "triton_kernels" in sys.modules)
+"""
+
+
+def test_vllm_finds_no_triton_kernels_in_the_installed_package(
+    installed: Path, project: Path
+) -> None:
+    """vLLM's own packages beside ours, and the repository before both."""
+    (vllm,) = importlib.import_module("vllm").__path__
+    site = str(Path(vllm).parent)
+    # Without its .pth files, of which one is this checkout's own installation.
+    code = f"sys.path.append({site!r})\n{HAS_TRITON_KERNELS}"
+    assert run(installed, code, project).splitlines()[-1] == "False False"
+
+
 def test_has_triton_kernels_as_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask() -> tuple[bool, bool]:
         import_utils._has_module.cache_clear()
