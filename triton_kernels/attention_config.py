@@ -137,7 +137,6 @@ def _config(head_size: int, rows: int, arch: int, item: int = 2) -> Config:
     raise ValueError(f"head size {head_size} does not fit an SM of sm_{arch}")
 
 
-@lru_cache(4096)
 def default_splits(programs: int, config: Config, max_context_len: int) -> int:
     """Parts to split each context into, so that no SM idles.
 
@@ -147,7 +146,11 @@ def default_splits(programs: int, config: Config, max_context_len: int) -> int:
     Args:
         programs: of the launch without splits.
     """
-    slots = num_sms() * config.per_sm
+    return _splits(programs, num_sms() * config.per_sm, max_context_len)
+
+
+@lru_cache(4096)
+def _splits(programs: int, slots: int, max_context_len: int) -> int:
     most = min(MAX_SPLITS, 2 * slots // programs, max_context_len // MIN_SPLIT)
     if programs >= 0.8 * slots or most <= 1:
         return 1

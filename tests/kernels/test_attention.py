@@ -317,7 +317,7 @@ def test_bits():
 @pytest.mark.parametrize("sms, splits", [(128, 4), (108, 3), (132, 4), (148, 4)])
 def test_splits_fill_the_gpu_and_fit_the_scratch(monkeypatch, sms, splits):
     monkeypatch.setattr(attention_config, "num_sms", lambda: sms)
-    splits_of = attention_config.default_splits.__wrapped__  # what it found, it keeps
+    splits_of = attention_config.default_splits
     scratch = SplitScratch.allocate(8, "cpu")
     for heads, group in ((32, 1), (8, 4), (1, 8)):
         for size in (1, 16, 60, 120, 512):
