@@ -2,6 +2,7 @@
 """Which graph a step would replay. Nothing is captured: that takes a GPU."""
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from vllm.model_executor.models import registry
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from tests.hf_config import write_config
-from tests.scheduling import OFF, SIZES, Driver
+from tests.scheduling import BATCHED, BLOCK, OFF, SIZES, Driver
 from vllm_lookahead.engine.gpu.cudagraph import (
     PADDING,
     REQUESTS,
@@ -24,12 +25,18 @@ from vllm_lookahead.engine.gpu.cudagraph import (
 )
 from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.gpu.sizes import RequestSizes
-from vllm_lookahead.engine.shares import MAX_TREE_TOKENS, nodes_within, tree_share
+from vllm_lookahead.engine.shares import (
+    MAX_TREE_TOKENS,
+    nodes_within,
+    tree_budget,
+    tree_share,
+)
 from vllm_lookahead.engine.support import GPU_WORKER
 from vllm_lookahead.params import LookaheadParams
 
 FULL = LookaheadParams(**SIZES)
 T = FULL.max_tree_size
+WIDE = [LookaheadParams(30, 7, 20), LookaheadParams(45, 7, 40)]  # T: 300, 510
 PARAMS = [FULL, LookaheadParams(5, 5, 5), LookaheadParams(0, 8, 1)]
 
 
@@ -77,7 +84,7 @@ def dispatch(manager: Any, widths: list[int]) -> Any:
 def tree_widths(params: LookaheadParams, count: int) -> list[int]:
     """What the scheduler lets so many requests draft."""
     tree, verified = params.max_tree_size, 1 + params.max_candidate_nodes
-    share = tree_share([tree] * count, MAX_TREE_TOKENS) if count else 0
+    share = tree_share([tree] * count, tree_budget(tree, 8192)) if count else 0
     return [nodes_within(tree, verified, share)] * count
 
 
@@ -104,6 +111,7 @@ def test_batches_of_the_scheduler(
     runner: Any = SimpleNamespace(
         req_states=SimpleNamespace(req_id_to_index=slots),
         sizes=sizes,
+        lookahead=FULL,
         max_num_tokens=8192,
         max_model_len=65536,
     )
@@ -122,7 +130,41 @@ def test_batches_of_the_scheduler(
         assert fits(dispatch(manager, widths), widths)
 
 
-@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("params", WIDE)
+def test_a_tree_wider_than_the_share_of_many(
+    params: LookaheadParams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One request is fed all of it, window and all."""
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+    model = write_config(tmp_path, max_position_embeddings=65536)
+    driver, tree = Driver(model, GPU_WORKER, **asdict(params)), params.max_tree_size
+    assert tree > MAX_TREE_TOKENS
+    sizes = RequestSizes(4, params)
+    (name,) = driver.add(20)
+    sizes.add_request(0, driver.scheduler.requests[name].sampling_params, chain=False)
+    runner: Any = SimpleNamespace(
+        req_states=SimpleNamespace(req_id_to_index={name: 0}),
+        sizes=sizes,
+        lookahead=params,
+        max_num_tokens=BATCHED,
+        max_model_len=65536,
+    )
+    driver.step()
+    output = driver.step()
+    widths = list(
+        LookaheadModelRunner.widen(runner, output).num_scheduled_tokens.values()
+    )
+    assert widths == [tree]
+    assert driver.blocks(name) == -(-(20 + tree) // BLOCK)
+    for most in (BATCHED, tree):
+        desc = dispatch(make_manager(monkeypatch, params, 4, most), widths)
+        assert (desc.num_tokens, desc.uniform_token_count) == (tree, tree)
+        assert desc.cg_mode == CUDAGraphMode.FULL
+    full = make_manager(monkeypatch, params, 4, tree - 1)._capture_descs
+    assert max(desc.num_tokens for desc in full[CUDAGraphMode.FULL]) < tree
+
+
+@pytest.mark.parametrize("params", [*PARAMS, *WIDE])
 def test_equal_widths(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that all draft, and alike, have a graph of that very width."""
     manager = make_manager(monkeypatch, params)
@@ -137,7 +179,7 @@ def test_equal_widths(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) 
             assert desc.num_reqs <= (1.25 * count if count > 2 else count)
 
 
-@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("params", [*PARAMS, *WIDE])
 def test_trees_beside_single_tokens(
     params: LookaheadParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +235,7 @@ def test_prefill(manager: Any) -> None:
     assert desc.cg_mode.name == "NONE"
 
 
-@pytest.mark.parametrize("params", [*PARAMS, LookaheadParams(30, 5, 1)])
+@pytest.mark.parametrize("params", [*PARAMS, LookaheadParams(30, 5, 1), *WIDE])
 def test_capture(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = make_manager(monkeypatch, params)
     full = manager._capture_descs[CUDAGraphMode.FULL]
@@ -202,7 +244,8 @@ def test_capture(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(set(full)) == len(full)
     trees = [d for d in full if d.max_query_len or d.uniform_token_count > 1]
     assert len(trees) <= (42 if params == FULL else 60)
-    assert max(d.num_tokens for d in trees) == MAX_TREE_TOKENS + 255
+    budget = tree_budget(params.max_tree_size, 8192)
+    assert max(d.num_tokens for d in trees) == budget + 255
     for desc in trees:  # as vLLM's dummy batch wants it
         width = desc.max_query_len or desc.uniform_token_count
         assert desc.num_reqs <= desc.num_tokens <= desc.num_reqs * width

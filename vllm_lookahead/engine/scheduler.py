@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
-from vllm_lookahead.engine.shares import MAX_TREE_TOKENS, nodes_within, tree_share
+from vllm_lookahead.engine.shares import nodes_within, tree_budget, tree_share
 from vllm_lookahead.engine.support import GPU_WORKER
 from vllm_lookahead.params import LookaheadParams, request_params
 
@@ -94,7 +94,7 @@ class LookaheadScheduler(Scheduler):
         drafting = [r for r in self.running if r.spec_token_ids]
         sizes = [self.tree_sizes(request) for request in drafting]
         if drafting and self.trees_share:
-            budget = min(MAX_TREE_TOKENS, self.input_tokens)
+            budget = tree_budget(self.tree[0], self.input_tokens)
             self.most_nodes = tree_share([tree for tree, _ in sizes], budget)
         self.uncounted.clear()
         self.cramped = set()

@@ -4,13 +4,24 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
-# Tokens that the trees of a step share; more requests, smaller trees. A 7B model in
-# bf16 is memory-bound on an H200 up to about 180 tokens.
+# Tokens that the trees of a step share, unless the server's widest takes more; more
+# requests, smaller trees. A 7B model in bf16 is memory-bound on an H200 up to about
+# 180 tokens.
 MAX_TREE_TOKENS = 256
 # Trees of a step are as wide as if they were one of these many, at most a quarter
 # more than they are: each has a CUDA graph of its own.
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64]
-COUNTS += [80, 96, 112, 128]
+COUNTS += [80, 96, 112, 128, 160, 192, 224, 256]
+
+
+def tree_budget(widest: int, max_num_tokens: int) -> int:
+    """Tokens that the trees of a step share: enough for one whole tree, if any is.
+
+    Args:
+        widest: T of the server.
+        max_num_tokens: of a step.
+    """
+    return min(max(MAX_TREE_TOKENS, widest), max_num_tokens)
 
 
 def tree_share(sizes: Sequence[int], budget: int) -> int:

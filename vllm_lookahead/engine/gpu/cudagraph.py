@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-from vllm_lookahead.engine.shares import COUNTS, MAX_TREE_TOKENS, nodes_within
+from vllm_lookahead.engine.shares import COUNTS, nodes_within, tree_budget
 from vllm_lookahead.params import LookaheadParams
 
 # Most requests of a varlen graph. How far its attention splits contexts depends on
@@ -38,9 +38,9 @@ def uniform_batches(
     """Most requests of a batch that drafts alike, and the nodes of each; ascending."""
     batches = []
     verified = 1 + params.max_candidate_nodes
+    budget = tree_budget(params.max_tree_size, max_num_tokens)
     for count in COUNTS:
-        share = min(MAX_TREE_TOKENS, max_num_tokens) // count
-        width = nodes_within(params.max_tree_size, verified, share)
+        width = nodes_within(params.max_tree_size, verified, budget // count)
         if width == 1:
             break
         batches.append((min(count, max_num_reqs), width))
@@ -56,10 +56,11 @@ def mixed_batches(
     widths: list[int] = []  # by requests that draft, less one
     for count, width in uniform_batches(params, max_num_reqs, max_num_tokens):
         widths += [width] * (count - len(widths))
+    budget = tree_budget(params.max_tree_size, max_num_tokens)
     batches, first = [], 2
     for last in [*(n for n in REQUESTS if n < max_num_reqs), max_num_reqs]:
         # Requests with sizes of their own may fill the share to the last token.
-        sizes = {min(MAX_TREE_TOKENS + last - 1, last * params.max_tree_size)}
+        sizes = {min(budget + last - 1, last * params.max_tree_size)}
         for count in range(first, last + 1):
             for drafting, width in enumerate(widths[:count], 1):
                 sizes.add(drafting * width + count - drafting)

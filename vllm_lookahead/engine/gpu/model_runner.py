@@ -35,7 +35,7 @@ from vllm_lookahead.engine.gpu.sizes import RequestSizes
 from vllm_lookahead.engine.gpu.speculator import LookaheadSpeculator
 from vllm_lookahead.engine.gpu.step import Plan, TreeStep
 from vllm_lookahead.engine.gpu.trees import TreeSlots
-from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
+from vllm_lookahead.engine.shares import tree_budget
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
@@ -166,7 +166,8 @@ class LookaheadModelRunner(BaseModelRunner):
         index = self.req_states.req_id_to_index
         cached = narrow.scheduled_cached_reqs
         # vLLM's warm-up does without our scheduler.
-        share = getattr(narrow, "most_nodes", MAX_TREE_TOKENS // len(drafts))
+        budget = tree_budget(self.lookahead.max_tree_size, self.max_num_tokens)
+        share = getattr(narrow, "most_nodes", budget // len(drafts))
         cramped = getattr(narrow, "cramped", ())
         spare = self.max_num_tokens - narrow.total_num_scheduled_tokens
         for req_id, computed in zip(
