@@ -11,7 +11,9 @@ from tests.harness.adapters import RANK, make_adapter
 from tests.harness.engines import Engines
 from tests.harness.jobs import ACCEPTED, in_batches, prompts, request, same_as_plain
 
-ENABLED = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+# One slot stays empty: on a CPU vLLM 0.32 adds the last one's adapter of the head to
+# the logits of requests without any.
+ENABLED = {"enable_lora": True, "max_loras": 3, "max_lora_rank": RANK}
 
 
 @pytest.mark.parametrize("lookahead", [POOL, FULL], ids=["pool", "full"])
