@@ -41,6 +41,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 # {method: [result of each turn]}
 Turns = dict[str, list[dict[str, Any]]]
+MIN_REPEATS = 3
+OUTPUT = Path("offline.json")
 SIZES = ("window_size", "ngram_size", "verification_set_size")
 
 
@@ -83,7 +85,7 @@ def parse() -> argparse.Namespace:
     add("--temperature", default="0.8", help="one or more, with commas")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=1)
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=MIN_REPEATS, help="turns; three or more")
     help_text = "leave out prompts whose plain output has fewer distinct trigrams"
     add("--min-distinct", type=float, default=0.0, metavar="RATIO", help=help_text)
     add("--keep", type=int, help="most prompts to keep of those that do not loop")
@@ -94,9 +96,18 @@ def parse() -> argparse.Namespace:
     help_text = "of each engine, free when it starts; all are on the GPU at once"
     add("--gpu-memory-utilization", type=float, metavar="SHARE", help=help_text)
     add("--start-limit", type=float, metavar="SECONDS", help="per engine")
-    help_text = "raw JSON; of several cells, NAME-DATASET-TEMPERATURE.json"
-    add("--output", type=Path, help=help_text)
-    return parser.parse_args()
+    help_text = f"raw JSON, {OUTPUT}; of several cells NAME-DATASET-TEMPERATURE.json"
+    add("--output", type=Path, default=OUTPUT, metavar="FILE", help=help_text)
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1, and 3 for a median")
+    if args.repeats < MIN_REPEATS:
+        print(
+            f"--repeats {args.repeats}: to try things out; a result is the median of "
+            f"at least {MIN_REPEATS} turns",
+            file=sys.stderr,
+        )
+    return args
 
 
 @dataclass(frozen=True)
@@ -290,10 +301,13 @@ def main() -> None:
             for cell in measured:
                 print(f"\n{cell.name}", flush=True)
                 output = args.output
-                if output and len(measured) > 1:
+                if len(measured) > 1:
                     output = output.with_name(f"{output.stem}-{cell.name}.json")
                 save = Save(args, cell, engines, not_run, output)
-                report(measure(args, cell, engines, save))
+                turns = measure(args, cell, engines, save)
+                report(turns)
+                if turns:
+                    print(f"raw JSON: {output}")
         finally:
             for engine in engines.values():
                 engine.close()
@@ -307,11 +321,9 @@ class Save:
     cell: Cell
     engines: dict[str, EngineProcess]
     not_run: dict[str, str]
-    output: Path | None
+    output: Path
 
     def __call__(self, turns: Turns, num_prompts: int) -> None:
-        if not self.output:
-            return
         settings = {
             k: _without_folder(v) for k, v in vars(self.args).items() if k != "output"
         }
