@@ -150,6 +150,8 @@ def _sample_requests(
         rows = step.row_token[lo:window_hi]
     else:
         rows = torch.cat([at, step.row_token[window]])
+    if runner.lora_config:
+        _map_adapters(runner, input_batch, first, end)
     logits = runner.model.compute_logits(hidden_states[rows])  # [rows, vocab_size]
     num_rows = hi - lo
     if window_hi > window_lo:
@@ -193,6 +195,21 @@ def _sample_requests(
             verdict.tokens.clone(), verdict.path.clone(), verdict.num_emitted.clone()
         )
     return verdict, logprobs, num_nans
+
+
+def _map_adapters(
+    runner: "LookaheadModelRunner", input_batch: InputBatch, first: int, end: int
+) -> None:
+    """Tell the head which LoRA adapter each logits row has: vLLM maps one a request."""
+    plan, state = runner.step.plan, runner.lora_state
+    ids = state.lora_ids[input_batch.idx_mapping_np]
+    counts = plan.cu_verified_np, plan.cu_window_np
+    by_row = [ids[first:end].repeat(np.diff(cu[first : end + 1])) for cu in counts]
+    runner._set_active_loras(
+        tuple(np.concatenate(by_row)),
+        tuple(ids.repeat(input_batch.num_scheduled_tokens)),
+        state.get_activate_loras(input_batch.req_ids),
+    )
 
 
 def _path_logprobs(
