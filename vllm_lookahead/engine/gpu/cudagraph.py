@@ -57,17 +57,30 @@ def mixed_batches(
     for count, width in uniform_batches(params, max_num_reqs, max_num_tokens):
         widths += [width] * (count - len(widths))
     budget = tree_budget(params.max_tree_size, max_num_tokens)
-    batches, first = [], 2
+    batches: list[tuple[int, int]] = []
+    first = 2
     for last in [*(n for n in REQUESTS if n < max_num_reqs), max_num_reqs]:
         # Requests with sizes of their own may fill the share to the last token.
         sizes = {min(budget + last - 1, last * params.max_tree_size)}
         for count in range(first, last + 1):
             for drafting, width in enumerate(widths[:count], 1):
                 sizes.add(drafting * width + count - drafting)
+        # A request whose tokens depend on their history drafts a chain.
+        for count in range(first if batches else 1, last + 1):
+            if count * params.ngram_size <= budget:
+                sizes.add(count * params.ngram_size)
+        if not batches:  # smaller trees, of a request with sizes of its own
+            sizes.update(_halves(params.max_tree_size))
         sizes = {min(size, max_num_tokens) for size in sizes}
         batches += [(last, size) for size in _cover(sizes)]
         first = last + 1
     return batches
+
+
+def _halves(tree: int) -> Iterable[int]:
+    while tree > 2 * PADDING:
+        tree = -(-tree // 2)
+        yield tree
 
 
 def _cover(sizes: Iterable[int]) -> list[int]:
