@@ -4,9 +4,11 @@
     python benchmarks/host_work.py --model demo/model --output host_work.json
 
 Host work is all that the model runner does but the forward pass and the logits:
-input preparation, drafting, sampling, bookkeeping. One engine serves the same
-requests with lookahead and switched off, in turn; what differs is lookahead's. Contexts
-beyond those the model was trained for are of no matter here: its text is not read.
+input preparation, drafting, sampling, bookkeeping. A plain engine serves the requests
+first, then one with lookahead serves them with it and switched off, in turn; what
+"on" takes more than plain is lookahead's. The scheduler's work, in a process of its
+own, is not in these. Contexts beyond those the model was trained for are of no matter
+here: its text is not read.
 """
 
 import argparse
@@ -29,6 +31,7 @@ class WorkerExtension:
 
     def time_steps(self) -> None:
         runner = self.model_runner
+        most_decoded = runner.params.ngram_size if hasattr(runner, "params") else 1
         self.in_model = self.in_step = 0.0
         self.host_work: list[float] = []
         self.add_to("in_model", runner, "_model_forward")
@@ -40,7 +43,7 @@ class WorkerExtension:
         def start_step(scheduler_output: Any, *args: Any) -> Any:
             self.in_model = self.in_step = 0.0
             most = max(scheduler_output.num_scheduled_tokens.values(), default=0)
-            self.only_decodes = 0 < most <= runner.params.ngram_size
+            self.only_decodes = 0 < most <= most_decoded
             return execute_model(scheduler_output, *args)
 
         def end_step(*args: Any) -> Any:
@@ -69,8 +72,10 @@ class WorkerExtension:
         return taken
 
 
-def measure(llm: Any, batch_size: int, context: int, args: Any) -> dict[str, float]:
-    """Median milliseconds per step with lookahead on and off."""
+def measure(
+    llm: Any, batch_size: int, context: int, modes: list[str], args: Any
+) -> dict[str, float]:
+    """Median milliseconds per step in each mode: plain, or lookahead off and on."""
     from vllm import SamplingParams
 
     text = llm.get_tokenizer().encode(Path(__file__).read_text())
@@ -78,7 +83,8 @@ def measure(llm: Any, batch_size: int, context: int, args: Any) -> dict[str, flo
         {"prompt_token_ids": [text[(7 * i + j) % len(text)] for j in range(context)]}
         for i in range(batch_size)
     ]
-    steps: dict[str, list[float]] = {"off": [], "on": []}
+    steps: dict[str, list[float]] = {name: [] for name in modes}
+    extra: dict[str, Any] = {"off": {"lookahead": 0}, "on": {"lookahead": 1}}
     for turn in range(1 + args.repeats):
         for name in steps:
             sampling = [
@@ -87,7 +93,7 @@ def measure(llm: Any, batch_size: int, context: int, args: Any) -> dict[str, flo
                     seed=i,
                     max_tokens=args.max_tokens,
                     ignore_eos=True,
-                    extra_args={"lookahead": int(name == "on")},
+                    extra_args=extra.get(name),
                 )
                 for i in range(batch_size)
             ]
@@ -109,14 +115,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse()
+def engine(args: Any, speculative_config: dict[str, str] | None) -> Any:
     from vllm import LLM
 
     longest = max(CONTEXTS) + args.max_tokens
     llm = LLM(
         args.model,
-        speculative_config={"method": "lookahead"},
+        speculative_config=speculative_config,
         worker_extension_cls="host_work.WorkerExtension",
         hf_overrides={"max_position_embeddings": longest},
         max_model_len=longest,
@@ -125,19 +130,32 @@ def main() -> None:
         enable_prefix_caching=True,
     )
     llm.collective_rpc("time_steps")
-    print(f"{'batch':>5} {'context':>8} {'off, ms':>8} {'on, ms':>8} {'added, ms':>10}")
-    cells = []
-    for batch_size in BATCH_SIZES:
-        for context in CONTEXTS:
-            ms = measure(llm, batch_size, context, args)
-            cell = {"batch": batch_size, "context": context, **ms}
-            cell["added"] = cell["on"] - cell["off"]
-            cells.append(cell)
-            print(
-                f"{batch_size:5} {context:8} {ms['off']:8.3f} {ms['on']:8.3f} "
-                f"{cell['added']:10.3f}",
-                flush=True,
-            )
+    return llm
+
+
+def main() -> None:
+    args = parse()
+    cells: list[dict[str, Any]] = [
+        {"batch": batch_size, "context": context}
+        for batch_size in BATCH_SIZES
+        for context in CONTEXTS
+    ]
+    llm = engine(args, None)
+    for cell in cells:
+        cell |= measure(llm, cell["batch"], cell["context"], ["plain"], args)
+    # An idle worker spins: it must be gone before others are timed.
+    llm.llm_engine.engine_core.shutdown()
+    llm = engine(args, {"method": "lookahead"})
+    print(f"{'batch':>5} {'context':>8} {'plain, ms':>10} {'off, ms':>8} {'on, ms':>8} "
+          f"{'added, ms':>10}")  # fmt: skip
+    for cell in cells:
+        cell |= measure(llm, cell["batch"], cell["context"], ["off", "on"], args)
+        cell["added"] = cell["on"] - cell["plain"]
+        print(
+            f"{cell['batch']:5} {cell['context']:8} {cell['plain']:10.3f} "
+            f"{cell['off']:8.3f} {cell['on']:8.3f} {cell['added']:10.3f}",
+            flush=True,
+        )
     if args.output:
         raw = {"about": environment(), "milliseconds": cells}
         args.output.write_text(json.dumps(raw, indent=1) + "\n")
