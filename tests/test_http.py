@@ -206,6 +206,7 @@ def test_bench_serve(server: Server, tmp_path: Path) -> None:
     assert "Acceptance length:" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_bad_size_stops_the_server_in_one_line() -> None:
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm), "serve", str(MODEL), "--speculative", "lookahead"]
