@@ -216,7 +216,6 @@ def test_bf16(engines: Engines) -> None:
     same_but_for_ties(plain, result, gap=0.1)
 
 
-@pytest.mark.slow
 def test_synchronous(engines: Engines) -> None:
     jobs = in_fours([request(p) for p in prompts(4, seed=14)])
     result = engines.run(jobs, SMALL, async_scheduling=False)
