@@ -3,7 +3,7 @@
 
 `store_trees` puts a batch's trees away; `feed_trees` gathers those of the next batch
 and says which of its rows need logits. Their definition in plain Python is
-`tests/v2/test_trees.py`.
+`tests/kernels/test_slots.py`.
 """
 
 from typing import NamedTuple

@@ -22,7 +22,6 @@ from vllm_lookahead.engine.gpu.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
-CPU = torch.device("cpu")
 SLOTS = 8
 
 
@@ -32,7 +31,8 @@ def column(values: Any) -> torch.Tensor:
 
 def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTree:
     """Trees of random candidates, some of which agree or end early."""
-    draw = torch.Generator().manual_seed(seed)
+    device = torch.get_default_device()
+    draw = torch.Generator(device).manual_seed(seed)
     count, k = sizes.shape[1], server.ngram_size - 1
     g, w = server.verification_set_size, server.window_size
     candidates = torch.randint(2, 5, (count, g, k), generator=draw).int()
@@ -69,7 +69,7 @@ def flat_batch(slots_of: list[int], num_tokens: list[int], trees: int) -> Any:
     return SimpleNamespace(
         num_reqs=len(slots_of),
         num_tokens=int(start[-1]),
-        num_draft_tokens_per_req=column([9] * trees).numpy(),
+        num_draft_tokens_per_req=np.full(trees, 9),
         idx_mapping_np=np.array(slots_of),
         idx_mapping=torch.tensor(slots_of),
         num_scheduled_tokens=np.array(num_tokens, dtype=np.int32),
@@ -91,10 +91,11 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
         sizes.add_request(slot, SamplingParams(extra_args=extra), chain=False)
     n, t = params.ngram_size, params.max_tree_size
     index = np.array(slots_of[:3])
+    device = torch.get_default_device()
     tree = draw_trees(sizes.table[:, index], params, seed=sum(server))
-    slots = TreeSlots(SLOTS, t, CPU)
+    slots = TreeSlots(SLOTS, t, device)
     drafts = torch.full((3, n - 1), -7)
-    slots.store(tree, torch.from_numpy(index), drafts)
+    slots.store(tree, torch.tensor(slots_of[:3]), drafts)
 
     fed = sizes.table[TREE, index].copy()
     if cut is not None:
@@ -104,10 +105,10 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
     if min(fed) == 1:
         pytest.skip("vLLM would put the request without drafts last")
     batch = flat_batch(slots_of, num_tokens, trees=3)
-    plan = Plan.make(batch, sizes, CPU)
-    step = TreeStep(SLOTS, 64 * SLOTS, params, CPU)
+    plan = Plan.make(batch, sizes, device)
+    step = TreeStep(SLOTS, 64 * SLOTS, params, device)
     last_sampled = torch.full((SLOTS, 1), -3)
-    last_sampled[index, 0] = tree.tokens[:, 0].long()
+    last_sampled[slots_of[:3], 0] = tree.tokens[:, 0].long()
     step.feed(plan, slots, batch, torch.arange(start[-1]), last_sampled)
 
     rows = step.rows(4)
@@ -163,6 +164,7 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
 def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
     """A tree with few candidates fits its share, and yet there are no logits."""
     params, other = LookaheadParams(3, 3, 3), 777
+    device = torch.get_default_device()
     sizes = RequestSizes(SLOTS, params)
     sizes.add_request(2, SamplingParams(), chain=False)
     table = column([[0, 1, 2]])
@@ -171,13 +173,13 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
     window = torch.arange(20, 26).view(1, 2, 3).int()
     tree = build_tree(RequestBatch(table, *one), candidates, candidates[..., 0], window)
     assert tree.num_nodes[0] == 6
-    slots, step = TreeSlots(SLOTS, 12, CPU), TreeStep(SLOTS, 64, params, CPU)
+    slots, step = TreeSlots(SLOTS, 12, device), TreeStep(SLOTS, 64, params, device)
     slots.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))
-    pages = BlockPages.allocate(3, 16, params)
-    ops = TritonOps(params, SLOTS)
+    pages = BlockPages.allocate(3, 16, params, device)
+    ops = TritonOps(params, SLOTS, device)
     for fed in (11, 12):
         batch = flat_batch([2], [fed], trees=1)
-        plan = Plan.make(batch, sizes, CPU)
+        plan = Plan.make(batch, sizes, device)
         last_sampled = torch.full((SLOTS, 1), 5)
         step.sampled.fill_(other)
         step.feed(plan, slots, batch, torch.arange(fed), last_sampled)
@@ -199,12 +201,12 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
     ],
 )
 def test_refusals(name: str, change: Any) -> None:
-    params = LookaheadParams(3, 3, 3)
+    params, device = LookaheadParams(3, 3, 3), torch.get_default_device()
     sizes = RequestSizes(SLOTS, params)
     sizes.add_request(2, SamplingParams(), chain=False)
-    slots, step = TreeSlots(SLOTS, 12, CPU), TreeStep(SLOTS, 64, params, CPU)
+    slots, step = TreeSlots(SLOTS, 12, device), TreeStep(SLOTS, 64, params, device)
     batch = flat_batch([2], [12], trees=1)
-    plan = Plan.make(batch, sizes, CPU)
+    plan = Plan.make(batch, sizes, device)
     setattr(batch, name, change(getattr(batch, name)))
     with pytest.raises(ValueError, match=f"^{name} is"):
         step.feed(plan, slots, batch, torch.arange(12), torch.zeros(SLOTS, 1).long())
@@ -216,23 +218,10 @@ def test_refusals(name: str, change: Any) -> None:
 @pytest.mark.parametrize("server", [(3, 3, 3), (2, 2, 3), (0, 2, 0)])
 def test_warming_up_touches_one_slot(server: tuple[int, int, int]) -> None:
     params = LookaheadParams(*server)
-    t = params.max_tree_size
-    slots, step = TreeSlots(SLOTS, t, CPU), TreeStep(SLOTS, 64, params, CPU)
+    device = torch.get_default_device()
+    slots = TreeSlots(SLOTS, params.max_tree_size, device)
+    step = TreeStep(SLOTS, 64, params, device)
     slots.columns.fill_(7)
     step.warm_up(slots, torch.zeros(1, params.ngram_size - 1, dtype=torch.int64))
     assert (slots.columns[:, 1:] == 7).all()
     assert not step.position[1:].any() and not step.sampled.any()
-
-
-@pytest.mark.parametrize(
-    ("num_drafts", "most", "nodes"),
-    [(2, 99, 12), (2, 12, 12), (2, 11, 7), (2, 5, 5), (1, 99, 2), (2, 1, 1)],
-)
-def test_num_nodes(num_drafts: int, most: int, nodes: int) -> None:
-    sizes = RequestSizes(SLOTS, LookaheadParams(3, 3, 3))
-    sizes.add_request(1, SamplingParams(), chain=False)
-    assert sizes.num_nodes(1, num_drafts, most) == nodes
-    sizes.add_request(1, SamplingParams(), chain=True)
-    assert sizes.num_nodes(1, num_drafts, most) == min(nodes, 3)
-    sizes.add_request(1, SamplingParams(extra_args={"lookahead": 0}), chain=False)
-    assert sizes.num_nodes(1, num_drafts, most) == 1
