@@ -184,7 +184,8 @@ def _draw_along(
         generators = {i: g for i, g in metadata.generators.items() if i in walking}
         output = runner.sampler(
             logits.index_select(0, torch.from_numpy(walk.logits_row)),
-            replace(metadata, generators=generators),
+            # Each request has one row here, whatever it was scheduled.
+            replace(metadata, generators=generators, spec_token_ids=None),
         )
         if output.logprobs_tensors is not None:
             logprobs.append(output.logprobs_tensors)
