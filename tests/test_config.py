@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.config import KVTransferConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
@@ -49,28 +47,6 @@ def test_sizes_left_out_are_the_platforms() -> None:
         default_params("cpu").verification_set_size,
     )
     assert default_params("cuda") == LookaheadParams(15, 5, 15)
-
-
-@pytest.mark.parametrize(
-    ("avx512", "amx", "cores", "candidates"),
-    [
-        (True, False, 2, 8),
-        (False, False, 2, 1),
-        (True, True, 2, 1),
-        (True, False, 8, 1),
-    ],
-)
-def test_a_cpu_branches_where_that_costs_no_more_than_a_chain(
-    monkeypatch: pytest.MonkeyPatch,
-    avx512: bool,
-    amx: bool,
-    cores: int,
-    candidates: int,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert default_params("cpu") == LookaheadParams(0, 8, candidates)
 
 
 @pytest.mark.parametrize(

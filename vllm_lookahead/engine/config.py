@@ -10,21 +10,20 @@ from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_lookahead.engine.support import cpu_branches_freely
 from vllm_lookahead.params import METHOD, RANGES, LookaheadParams
 
 # Fu et al. 2024 use this for 7B models.
 GPU_DEFAULTS = LookaheadParams(window_size=15, ngram_size=5, verification_set_size=15)
-# A CPU is compute-bound: there the window costs more than it finds.
-CPU_CHAINS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
-CPU_TREES = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=8)
+# A CPU is compute-bound: there the window costs more than it finds, and branches as
+# much. Two Zen 4 cores, a 5M model at temperature 0.8, HumanEval, GSM8K and MT-Bench:
+# one chain 1.38x, 1.52x and 1.43x plain vLLM, four 1.38x, 1.44x, 1.38x, eight 1.38x,
+# 1.35x, 1.33x, though these accept 1.76, 1.89 and 1.77 tokens a step for 1.45 to 1.62.
+CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
 
 
 def default_params(device_type: str) -> LookaheadParams:
     """The sizes that lookahead picks by itself on a kind of device."""
-    if device_type != "cpu":
-        return GPU_DEFAULTS
-    return CPU_TREES if cpu_branches_freely() else CPU_CHAINS
+    return CPU_DEFAULTS if device_type == "cpu" else GPU_DEFAULTS
 
 
 @config

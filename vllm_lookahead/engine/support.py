@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which models and set-ups lookahead can run, and with which engine."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
@@ -36,35 +34,6 @@ def worker_class() -> str:
         "lookahead needs vLLM's V2 model runner on CUDA: unset "
         "VLLM_USE_V2_MODEL_RUNNER and install Triton"
     )
-
-
-def cpu_branches_freely() -> bool:
-    """Whether this CPU attends trees that branch as it attends chains.
-
-    As fast and to the same bit, that is: where vLLM's kernels are those that
-    `cpu_kernels.attention` follows, and where a worker has one thread. AMX packs K in
-    tiles of its own.
-    """
-    return (
-        torch.cpu._is_avx512_supported()
-        and not torch.cpu._is_amx_tile_supported()
-        and threads_per_worker() == 1
-    )
-
-
-def threads_per_worker() -> int:
-    """How many threads vLLM's `OMPProcessManager` will give a CPU worker, at most."""
-    bind = envs.VLLM_CPU_OMP_THREADS_BIND
-    if bind == "nobind" or not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-        return torch.get_num_threads()
-    if bind != "auto":
-        from vllm.utils.cpu_resource_utils import parse_id_list
-
-        return max(len(parse_id_list(cores)) for cores in bind.split("|"))
-    cores, reserved = len(os.sched_getaffinity(0)), envs.VLLM_CPU_NUM_OF_RESERVED_CPU
-    reserved = 1 if reserved is None else reserved
-    # It reserves nothing where nothing would be left.
-    return cores - reserved if cores > reserved else cores
 
 
 def refuse(found: Mapping[str, bool]) -> None:
