@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.best_first import Hints, Rejected
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
-from vllm_lookahead.core.ops import LookaheadOps, TorchOps
+from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
+from vllm_lookahead.core.tree import CANDIDATE
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
-OPS: dict[str, LookaheadOps] = {"torch": TorchOps(), "numba": NumbaOps()}
+OPS: dict[str, TorchOps | NumbaOps] = {"torch": TorchOps(), "numba": NumbaOps()}
 SIZES = [(0, 8, 8), (5, 4, 5), (15, 5, 15)]
 CONTEXTS = [200, 2000, 8000, 32000]
 BLOCK_SIZE = 128  # vLLM's on a CPU
@@ -36,7 +37,7 @@ def text(length: int, vocab: int = VOCAB) -> torch.Tensor:
 
 def make_state(
     params: LookaheadParams, batch_size: int, context: int
-) -> tuple[BlockPages, RequestBatch, torch.Tensor]:
+) -> tuple[BlockPages, RequestBatch]:
     """Requests in the middle of a generation, the last half of the text harvested."""
     num_blocks = (context + params.max_tree_size) // BLOCK_SIZE + 1
     pages = BlockPages.allocate(batch_size * num_blocks, BLOCK_SIZE, params)
@@ -61,35 +62,39 @@ def make_state(
         verification_set_size=column(params.verification_set_size),
         max_nodes=column(params.max_tree_size),
     )
-    shape = NUM_ORIGINS, params.verification_set_size
-    chain_length = torch.full(shape, params.ngram_size - 1, dtype=torch.int32)
-    return pages, batch, chain_length
+    return pages, batch
 
 
 def step_calls(
-    ops: LookaheadOps, params: LookaheadParams, batch_size: int, context: int
+    ops: TorchOps | NumbaOps, params: LookaheadParams, batch_size: int, context: int
 ) -> dict[str, Callable[[], object]]:
     """Each op of a step as a call that can be repeated."""
-    pages, batch, chain_length = make_state(params, batch_size, context)
-    n, g = params.ngram_size, params.verification_set_size
+    pages, batch = make_state(params, batch_size, context)
+    n = params.ngram_size
     slots = batch.slots(batch.position[:, None], BLOCK_SIZE)[:, 0] | 1
-    bigrams = torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS)).int()
-    tree = ops.propose(pages, batch, chain_length, bigrams)
+    hints = Hints(
+        bigrams=torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS)).int(),
+        bigram_logits=torch.randn(VOCAB, NUM_SUCCESSORS).sort(descending=True).values,
+        temperature=torch.zeros(batch_size),
+        seeds=torch.zeros(batch_size, n - 1, dtype=torch.int64),
+        rejected=Rejected.none(batch_size),
+    )
+    least = 1e-9  # of any chance: full trees
+    tree, _ = ops.grow(pages, batch, hints, least)
     sampled = torch.zeros_like(tree.tokens)
-    for depth in range(n - 1):  # the first chain is right
-        sampled[:, depth] = tree.tokens[:, depth + 1]
+    for node in range(tree.tokens.shape[1] - 1, 0, -1):  # the likeliest path is right
+        drafted = tree.kinds[:, node] == CANDIDATE
+        parent = tree.parents[drafted, node].long()
+        sampled[drafted, parent] = tree.tokens[drafted, node]
     verdict = ops.verify(tree, sampled, n)
-    trials = torch.zeros(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
-    hits = trials.clone()
     ancestors = tree.ancestors
     if isinstance(ops, NumbaOps):
         ancestors = lambda: ops.ancestors(tree)  # noqa: E731
     return {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
-        "propose": lambda: ops.propose(pages, batch, chain_length, bigrams),
+        "grow": lambda: ops.grow(pages, batch, hints, least),
         "mask": ancestors,
         "verify": lambda: ops.verify(tree, sampled, n),
-        "observe": lambda: ops.observe(tree, verdict, trials, hits),
         "compact": lambda: ops.compact([], batch, verdict, BLOCK_SIZE),
         "update": lambda: ops.update(pages, batch, tree, sampled, verdict),
     }
@@ -117,7 +122,7 @@ def microseconds(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=["numba"])
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--seconds", type=float, default=0.5, help="per line")

@@ -6,7 +6,7 @@
 
 No engine: a transformers forward in fp32, greedy, drives the paper's algorithm
 (`paper_lookahead.py`), with and without n-grams of the text in its pool, and ours
-(`vllm_lookahead.core`). Each must say what plain decoding says. Steps and tokens
+(`our_lookahead.py`). Each must say what plain decoding says. Steps and tokens
 are those after the prefill and its token.
 """
 
@@ -19,14 +19,10 @@ from typing import Any, Protocol
 
 import prompts as prompt_sets  # type: ignore[import-not-found]
 import torch
+from our_lookahead import OurLookahead, ask  # type: ignore[import-not-found]
 from paper_lookahead import PaperLookahead  # type: ignore[import-not-found]
 from tree_model import Draft, TreeModel  # type: ignore[import-not-found]
 
-from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
-from vllm_lookahead.core.ops import TorchOps
-from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -50,80 +46,6 @@ class Plain:
     def accept(self, sampled: list[int]) -> tuple[list[int], list[int]]:
         self.root = sampled[0]
         return [self.root], [0]
-
-
-class Ours:
-    """The core on pages of its own. K/V is `TreeModel`'s, so nothing is compacted."""
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        params: LookaheadParams,
-        bigrams: torch.Tensor,
-        block_size: int,
-        max_tokens: int,
-    ) -> None:
-        self.ops, self.params, self.prompt = TorchOps(), params, list(prompt)
-        self.bigrams = bigrams
-        room = len(prompt) + max_tokens + params.max_tree_size
-        num_blocks = -(-room // block_size)
-        self.pages = BlockPages.allocate(num_blocks, block_size, params)
-        self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
-        g = params.verification_set_size
-        self.chain_length = torch.full(
-            (NUM_ORIGINS, g), params.ngram_size - 1, dtype=torch.int32
-        )
-        self.position, self.root = len(prompt) - 1, prompt[-1]
-        self.batch: RequestBatch | None = None
-
-    def _write(self, start: int, tokens: list[int]) -> None:
-        slots = torch.arange(start, start + len(tokens))
-        self.ops.write_tokens(self.pages, slots, torch.tensor(tokens))
-
-    def propose(self) -> Draft:
-        if self.prompt:  # the prefill
-            return Draft.from_parents([self.root], [-1])
-        self._write(self.position, [self.root])
-
-        def one(value: int) -> torch.Tensor:
-            return torch.tensor([value], dtype=torch.int32)
-
-        self.batch = RequestBatch(
-            block_table=self.table,
-            position=one(self.position),
-            root=one(self.root),
-            window_size=one(self.params.window_size),
-            ngram_size=one(self.params.ngram_size),
-            verification_set_size=one(self.params.verification_set_size),
-            max_nodes=one(self.params.max_tree_size),
-        )
-        self.tree = self.ops.propose(
-            self.pages, self.batch, self.chain_length, self.bigrams
-        )
-        size = int(self.tree.num_nodes)
-        return Draft(
-            self.tree.tokens[0, :size].tolist(),
-            self.tree.depths[0, :size].tolist(),
-            self.tree.ancestors()[0, :size, :size],
-        )
-
-    def accept(self, sampled: list[int]) -> tuple[list[int], list[int]]:
-        if self.prompt:
-            self._write(0, self.prompt)
-            self.prompt = []
-            emitted, path = sampled, [0]
-        else:
-            assert self.batch is not None
-            answers = torch.full_like(self.tree.tokens, -1)
-            answers[0, : len(sampled)] = torch.tensor(sampled)
-            verdict = self.ops.verify(self.tree, answers, self.params.ngram_size)
-            self.ops.update(self.pages, self.batch, self.tree, answers, verdict)
-            count = int(verdict.num_emitted)
-            emitted = verdict.tokens[0, :count].tolist()
-            path = verdict.path[0, :count].tolist()
-        self.position += len(emitted)
-        self.root = emitted[-1]
-        return emitted, path
 
 
 def decode(
@@ -165,21 +87,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.inference_mode()
-def ask(model: TreeModel, prefix: list[int]) -> torch.Tensor:
-    """[V, NUM_SUCCESSORS] int32, as an engine asks for them when it starts."""
-
-    def likeliest(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        before = torch.tensor(prefix, dtype=torch.int64).expand(len(tokens), -1)
-        ids = torch.cat([before, tokens[:, None]], 1)
-        return model.model(ids).logits[:, -1].topk(NUM_SUCCESSORS)
-
-    vocab_size = model.model.config.vocab_size
-    return model_bigrams(likeliest, vocab_size, vocab_size, chunk=256)[0]
-
-
 def methods(
-    args: argparse.Namespace, params: LookaheadParams, bigrams: torch.Tensor
+    args: argparse.Namespace,
+    params: LookaheadParams,
+    model: TreeModel,
+    bigrams: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, Callable[[list[int], int], Method]]:
     """By name: (prompt, its number) to a fresh method."""
     sizes = (params.window_size, params.ngram_size, params.verification_set_size)
@@ -189,8 +101,8 @@ def methods(
         "paper+prompt": lambda prompt, i: PaperLookahead(
             prompt, *sizes, True, args.seed + i
         ),
-        "ours": lambda prompt, _: Ours(
-            prompt, params, bigrams, args.block_size, args.max_tokens
+        "ours": lambda prompt, _: OurLookahead(
+            prompt, params, model, bigrams, args.block_size, args.max_tokens
         ),
     }
 
@@ -211,7 +123,7 @@ def measure(
     results: dict[str, list[list[list[int]]]] = {}
     for i, text in enumerate(texts):
         prompt = tokenizer(text)["input_ids"]
-        for name, make in methods(args, params, bigrams).items():
+        for name, make in methods(args, params, model, bigrams).items():
             steps = decode(model, prompt, make(prompt, i), args.max_tokens)
             results.setdefault(name, []).append(steps)
             plain = sum(results["plain"][i], [])

@@ -37,6 +37,7 @@ class TreeModel:
 
     Attributes:
         length: tokens whose K/V is kept.
+        logits: [T, V] of the last forward.
     """
 
     def __init__(self, path: str, dtype: torch.dtype = torch.float32) -> None:
@@ -72,7 +73,8 @@ class TreeModel:
             attention_mask=mask[None, None],
             past_key_values=self.cache,
         ).logits
-        return logits[0].argmax(-1).tolist()
+        self.logits = logits[0]
+        return self.logits.argmax(-1).tolist()
 
     @torch.inference_mode()
     def keep(self, path: list[int]) -> None:

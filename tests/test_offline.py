@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LLM(..., speculative_config=...)` in the processes that vLLM starts by default."""
+"""`LLM` and `AsyncLLM` with lookahead, in the processes that vLLM starts by default."""
 
 import json
 import os
@@ -25,11 +25,13 @@ OPTIONS = {
 }
 
 
-def run(sizes: dict[str, int], **env: str) -> dict[str, Any]:
+def run(
+    sizes: dict[str, int], script: str = "offline.py", **env: str
+) -> dict[str, Any]:
     config = {"method": "lookahead", **sizes}
     options = json.dumps(OPTIONS | {"speculative_config": config})
     done = subprocess.run(
-        [sys.executable, str(HERE / "offline.py"), options],
+        [sys.executable, str(HERE / script), options],
         capture_output=True,
         text=True,
         timeout=600,
@@ -73,3 +75,15 @@ def test_more_than_one_thread() -> None:
     assert result["threads"] == 2
     assert result["on"] == result["off"]
     assert result["metrics"][ACCEPTED] > 0
+
+
+def test_async_llm() -> None:
+    """Streams beside each other, after one was refused and one dropped midway."""
+    result = run({}, "async_llm.py", VLLM_CPU_OMP_THREADS_BIND=first_cores(1))
+    assert "lookahead_ngram_size=99 is not allowed: " in result["refused"]
+    tokens_on, tokens_off = ([t for t, _ in result[k]] for k in ("on", "off"))
+    assert tokens_on == tokens_off
+    assert [len(tokens) for tokens in tokens_on] == [40, 40, 40]
+    # What is said in two steps may be handed over at once, with lookahead or without.
+    pieces_on, pieces_off = (sum(n for _, n in result[k]) for k in ("on", "off"))
+    assert pieces_on < 0.9 * pieces_off

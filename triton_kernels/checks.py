@@ -56,10 +56,8 @@ def expect_batch(batch: RequestBatch) -> int:
 def expect_tree(tree: DraftTree) -> tuple[int, int]:
     """Check trees; return B and T."""
     b, t = tree.tokens.shape
-    columns = (tree.tokens, tree.parents, tree.depths, tree.kinds, tree.origins)
-    for name, column in zip(
-        ("tokens", "parents", "depths", "kinds", "origins"), columns, strict=True
-    ):
+    for name in ("tokens", "parents", "depths", "kinds"):
+        column = getattr(tree, name)
         expect(f"tree.{name}", column, (b, t), rows_apart=True)
         if column.stride(0) != tree.tokens.stride(0):
             raise ValueError(f"tree.{name} and tree.tokens differ in row stride")

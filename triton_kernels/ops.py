@@ -5,7 +5,6 @@ import torch
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
@@ -39,31 +38,34 @@ class TritonOps:
             return torch.empty((max_num_reqs, *shape), dtype=torch.int32, device=device)
 
         self._scratch = pool.LookupScratch.allocate(max_num_reqs, g, device)
-        self._candidates, self._context = empty(g, n - 1), empty(g)
-        columns = [empty(params.max_tree_size) for _ in range(5)]
+        self._candidates = empty(g, n - 1)
+        columns = [empty(params.max_tree_size) for _ in range(4)]
         self._tree = [*columns, empty()]  # the fields of `DraftTree`
         self._emitted, self._path, self._num_emitted = empty(n), empty(n), empty()
         self._caches: list[torch.Tensor] = []
         self._groups: list[compaction.LayerCaches] = []
 
     write_tokens = staticmethod(pages_kernels.write_tokens)
-    observe = staticmethod(verify.observe)
     update = staticmethod(window.update)
 
     def propose(
         self,
         pages: BlockPages,
         batch: RequestBatch,
-        chain_length: torch.Tensor,
+        max_candidates: int,
         bigrams: torch.Tensor | None = None,
     ) -> DraftTree:
+        if max_candidates != self._g:
+            raise ValueError(
+                f"max_candidates={max_candidates}, but buffers for {self._g}"
+            )
         b = batch.block_table.shape[0]
-        candidates, context = self._candidates[:b], self._context[:b]
-        pool.lookup(pages, batch, chain_length, self._scratch, candidates, context)
+        candidates = self._candidates[:b]
+        pool.lookup(pages, batch, self._scratch, candidates)
         if bigrams is not None:
-            bigram_kernels.complete(candidates, context, batch, chain_length, bigrams)
+            bigram_kernels.complete(candidates, batch, bigrams)
         tree = DraftTree(*(column[:b] for column in self._tree))
-        tree_kernels.build_tree(pages, batch, candidates, context, tree)
+        tree_kernels.build_tree(pages, batch, candidates, tree)
         return tree
 
     def verify(
@@ -107,7 +109,7 @@ class TritonOps:
 
         padding = RequestBatch(block_table[:1], *zeros(6, 1).unbind(0))
         self.write_tokens(pages, zeros(1, dtype=torch.int64) - 1, zeros(1))
-        tree = self.propose(pages, padding, zeros(NUM_ORIGINS, g), zeros(1, 1))
+        tree = self.propose(pages, padding, g, zeros(1, 1))
         mask.build_mask(
             tree,
             padding.position,
@@ -118,7 +120,5 @@ class TritonOps:
         )
         sampled = zeros(1, t, dtype=torch.int64)
         verdict = self.verify(tree, sampled, n)
-        counts = zeros(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
-        self.observe(tree, verdict, counts, counts)
         self.compact(caches, padding, verdict, pages.block_size)
         self.update(pages, padding, tree, sampled, verdict)

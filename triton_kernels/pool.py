@@ -190,7 +190,6 @@ def _scan_kernel(
 @jit
 def _select_kernel(
     candidates_ptr,  # [B, G, N-1] int32, out
-    context_ptr,  # [B, G] int32, out
     found_ptr,  # [B * splits, CLASSES, LISTED] int32
     count_ptr,  # [B * splits, CLASSES] int32
     tokens_ptr,  # [num_blocks, BLOCK_SIZE] int32
@@ -201,7 +200,6 @@ def _select_kernel(
     root_ptr,  # [B] int32
     ngram_size_ptr,  # [B] int32
     wanted_ptr,  # [B] int32
-    chain_length_ptr,  # [NUM_ORIGINS, G] int32
     splits,
     stride_table,
     BLOCK_SIZE: tl.constexpr,
@@ -284,26 +282,19 @@ def _select_kernel(
     new = new & (place < wanted)
     num_chains = tl.sum(new.to(tl.int32), 0)
 
-    length_ptr = chain_length_ptr + context * G + place
-    length = tl.load(length_ptr, mask=new, other=0)
-    values = tl.where(ahead[None, :] < length[:, None], values, NO_TOKEN)
     out = candidates_ptr + (b * G + place)[:, None] * VALUES + ahead[None, :]
     tl.store(out, values, mask=new[:, None] & (ahead < VALUES)[None, :])
-    tl.store(context_ptr + b * G + place, context, mask=new)
     # rank runs on beyond G, for a request has more entries than candidates
     rest = (rank >= num_chains) & (rank < G)
     out = candidates_ptr + (b * G + rank)[:, None] * VALUES + ahead[None, :]
     tl.store(out, NO_TOKEN, mask=rest[:, None] & (ahead < VALUES)[None, :])
-    tl.store(context_ptr + b * G + rank, NO_TOKEN, mask=rest)
 
 
 def lookup(
     pages: BlockPages,
     batch: RequestBatch,
-    chain_length: torch.Tensor,
     scratch: LookupScratch,
     candidates: torch.Tensor,
-    context: torch.Tensor,
     splits: int | None = None,
 ) -> None:
     """The best distinct continuations of each request's root.
@@ -311,23 +302,17 @@ def lookup(
     Args:
         pages: the pool.
         batch: B requests. One with verification_set_size 0 reads nothing.
-        chain_length: [NUM_ORIGINS, G] int32, most tokens worth drafting from the
-            chain of that agreement and rank.
         scratch: allocated for at least B requests and G candidates.
         candidates: [B, G, N-1] int32, out, best first, EMPTY beyond a chain's end.
-        context: [B, G] int32, out, tokens before the key that agree; EMPTY where
-            there is no candidate.
         splits: of each request's context; by default from B and the width of the
             block table.
     """
     b = expect_batch(batch)
     expect_pages(pages)
-    g = chain_length.shape[1]
+    g = candidates.shape[1]
     num_values, ring_size = pages.window.shape[1], pages.ring.shape[1]
     listed = g * oracle.ENTRIES_PER_CANDIDATE
-    expect("chain_length", chain_length, (oracle.NUM_ORIGINS, g))
     expect("candidates", candidates, (b, g, num_values))
-    expect("context", context, (b, g))
     if not b or not g:
         return
     entries = ring_size + pages.block_size
@@ -365,7 +350,6 @@ def lookup(
     block = triton.next_power_of_2(listed)
     _select_kernel[(b,)](
         candidates,
-        context,
         scratch.found,
         scratch.count,
         pages.tokens,
@@ -376,7 +360,6 @@ def lookup(
         batch.root,
         batch.ngram_size,
         batch.verification_set_size,
-        chain_length,
         splits,
         stride_table,
         **sizes,

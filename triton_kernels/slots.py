@@ -24,13 +24,12 @@ KIND_WINDOW = tl.constexpr(WINDOW)
 @jit
 def _store_kernel(
     drafts_ptr,  # [B, N-1] int64, out
-    slots_ptr,  # [5, S, T] int32, out
+    slots_ptr,  # [4, S, T] int32, out
     slots_num_nodes_ptr,  # [S] int32, out
-    tokens_ptr,  # [B, T] int32, as the four below
+    tokens_ptr,  # [B, T] int32, as the three below
     parents_ptr,
     depths_ptr,
     kinds_ptr,
-    origins_ptr,
     num_nodes_ptr,  # [B] int32
     idx_mapping_ptr,  # [B] slot of each request
     stride_tree,
@@ -52,7 +51,6 @@ def _store_kernel(
     tl.store(at + stride_column, tl.load(parents_ptr + row, mask=mask), mask=mask)
     tl.store(at + 2 * stride_column, depth, mask=mask)
     tl.store(at + 3 * stride_column, kind, mask=mask)
-    tl.store(at + 4 * stride_column, tl.load(origins_ptr + row, mask=mask), mask=mask)
     tl.store(slots_num_nodes_ptr + slot, tl.load(num_nodes_ptr + b))
 
     # The first chain's nodes follow the root: node i at depth i can be no other's.
@@ -76,13 +74,13 @@ def store_trees(
     Args:
         tree: B trees of up to T nodes.
         idx_mapping: [B] int32 or int64, the slot of each.
-        columns: [5, S, T] int32, out, the five columns of `DraftTree` by slot.
+        columns: [4, S, T] int32, out, the four columns of `DraftTree` by slot.
         num_nodes: [S] int32, out.
         drafts: [B, N-1] int64, out: each tree's first candidate, padded with 0.
     """
     b, t = expect_tree(tree)
     expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
-    expect("columns", columns, (5, -1, t))
+    expect("columns", columns, (4, -1, t))
     expect("num_nodes", num_nodes, (columns.shape[1],))
     expect("drafts", drafts, (b, -1), torch.int64)
     num_drafts = drafts.shape[1]
@@ -96,7 +94,6 @@ def store_trees(
         tree.parents,
         tree.depths,
         tree.kinds,
-        tree.origins,
         tree.num_nodes,
         idx_mapping,
         tree.tokens.stride(0),
@@ -109,7 +106,7 @@ def store_trees(
 
 @jit
 def _feed_kernel(
-    trees_ptr,  # [5, S, T] int32, out, by row
+    trees_ptr,  # [4, S, T] int32, out, by row
     num_nodes_ptr,  # [S] int32, out
     position_ptr,  # [S] int32, out
     root_ptr,  # [S] int32, out
@@ -119,7 +116,7 @@ def _feed_kernel(
     row_node_ptr,  # [rows] int64, out
     row_slot_ptr,  # [rows] int64, out
     row_local_ptr,  # [rows] int32, out
-    slots_ptr,  # [5, S, T] int32
+    slots_ptr,  # [4, S, T] int32
     slots_num_nodes_ptr,  # [S] int32
     idx_mapping_ptr,  # [B] slot of each request
     query_start_loc_ptr,  # [B+1] int32
@@ -172,8 +169,6 @@ def _feed_kernel(
     tl.store(out + 2 * stride_column, depth, mask=mask)
     tl.store(longest_ptr + b, tl.max(tl.where(kind == KIND_CANDIDATE, depth, 0), 0))
     tl.store(out + 3 * stride_column, kind, mask=mask)
-    origin = tl.load(at + 4 * stride_column, mask=live, other=-1)
-    tl.store(out + 4 * stride_column, origin, mask=mask)
 
     draft = (node > 0) & (node < fed)
     tl.store(final_slot_ptr + start + node, -1, mask=draft)
@@ -199,7 +194,7 @@ class FedTrees(NamedTuple):
     """What a step is fed, by row; the first B are written.
 
     Attributes:
-        columns: [5, S, T] int32, the five columns of `DraftTree`.
+        columns: [4, S, T] int32, the four columns of `DraftTree`.
         num_nodes: [S] int32.
         position, root: [S] int32, p and x of each.
         longest: [S] int32, length of each tree's longest candidate.
@@ -251,7 +246,7 @@ def feed_trees(
 
     Args:
         fed, rows: out.
-        columns, num_nodes: [5, S, T] and [S] int32, trees by slot.
+        columns, num_nodes: [4, S, T] and [S] int32, trees by slot.
         idx_mapping: [B] int32 or int64, the slot of each request.
         query_start_loc: [B+1] int32, first token of each request in the flat batch.
         seq_lens: [B] int32, tokens of each request, those of the step included.
@@ -266,9 +261,9 @@ def feed_trees(
     """
     _, s, t = columns.shape
     b = idx_mapping.shape[0]
-    expect("columns", columns, (5, s, t))
+    expect("columns", columns, (4, s, t))
     expect("num_nodes", num_nodes, (s,))
-    expect("fed.columns", fed.columns, (5, s, t))
+    expect("fed.columns", fed.columns, (4, s, t))
     for name in ("num_nodes", "position", "root", "longest"):
         expect(f"fed.{name}", getattr(fed, name), (s,))
     expect("fed.final_slot", fed.final_slot, (-1,), torch.int64)

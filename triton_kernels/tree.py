@@ -24,24 +24,21 @@ STRIDE = tl.constexpr(SEED_STRIDE)
 
 @triton.jit
 def _store_nodes(
-    tokens_ptr,  # [T] int32 of this request, as the four below
+    tokens_ptr,  # [T] int32 of this request, as the three below
     parents_ptr,
     depths_ptr,
     kinds_ptr,
-    origins_ptr,
     node,
     mask,
     token,
     parent,
     depth,
     kind,
-    origin,
 ):
     tl.store(tokens_ptr + node, token, mask=mask)
     tl.store(parents_ptr + node, parent, mask=mask)
     tl.store(depths_ptr + node, depth, mask=mask)
     tl.store(kinds_ptr + node, kind, mask=mask)
-    tl.store(origins_ptr + node, origin, mask=mask)
 
 
 @triton.jit
@@ -63,14 +60,12 @@ def _first_chain(
 
 @jit
 def _tree_kernel(
-    tokens_ptr,  # [B, T] int32, out, as the four below
+    tokens_ptr,  # [B, T] int32, out, as the three below
     parents_ptr,
     depths_ptr,
     kinds_ptr,
-    origins_ptr,
     num_nodes_ptr,  # [B] int32, out
     candidates_ptr,  # [B, G, K] int32
-    context_ptr,  # [B, G] int32
     page_tokens_ptr,  # [num_blocks, BLOCK_SIZE] int32
     window_ptr,  # [num_blocks, K, COLUMNS] int32
     block_table_ptr,  # [B, max_blocks] int32
@@ -95,7 +90,6 @@ def _tree_kernel(
     parents_ptr += row
     depths_ptr += row
     kinds_ptr += row
-    origins_ptr += row
     root = tl.load(root_ptr + b)
     max_nodes = tl.minimum(tl.load(max_nodes_ptr + b), T)
     num_nodes = tl.minimum(max_nodes, 1)
@@ -104,7 +98,6 @@ def _tree_kernel(
         # Chains that begin alike share nodes: those of the first of them.
         candidates_ptr += b * G * K
         chain = tl.arange(0, BLOCK_G)
-        context = tl.load(context_ptr + b * G + chain, mask=chain < G, other=0)
         same = (chain[:, None] >= 0) & (chain[None, :] >= 0)
         own = tl.zeros([BLOCK_G], tl.int32)
         for k in tl.static_range(K):
@@ -122,14 +115,12 @@ def _tree_kernel(
                 parents_ptr,
                 depths_ptr,
                 kinds_ptr,
-                origins_ptr,
                 index,
                 exists,
                 token,
                 parent,
                 k + 1,
                 KIND_CANDIDATE,
-                context * G + chain,
             )
             num_nodes += tl.sum(exists.to(tl.int32), 0)
             owns = owner[:, None] == chain[None, :]
@@ -170,14 +161,12 @@ def _tree_kernel(
             parents_ptr,
             depths_ptr,
             kinds_ptr,
-            origins_ptr,
             node,
             live,
             token,
             tl.where(above == 0, 0, num_drafted - 1 + above),
             r + column,
             KIND_WINDOW,
-            NO_TOKEN,
         )
 
     is_root = node < num_nodes
@@ -186,14 +175,12 @@ def _tree_kernel(
         parents_ptr,
         depths_ptr,
         kinds_ptr,
-        origins_ptr,
         node,
         (node == 0) | ((node >= num_nodes) & (node < T)),
         tl.where(is_root, root, NO_TOKEN),
         NO_TOKEN,
         0,
         KIND_ROOT,
-        NO_TOKEN,
     )
     tl.store(num_nodes_ptr + b, num_nodes)
 
@@ -202,7 +189,6 @@ def build_tree(
     pages: BlockPages,
     batch: RequestBatch,
     candidates: torch.Tensor,
-    context: torch.Tensor,
     tree: DraftTree,
 ) -> None:
     """Root, merged candidates, then the Jacobi window, read or seeded.
@@ -211,7 +197,6 @@ def build_tree(
         pages: for the window and the tokens that seed it.
         batch: B requests. One with max_nodes 0 is padding: a tree of no nodes.
         candidates: [B, G, N-1] int32 chains from the pool, best first.
-        context: [B, G] int32, how far each agreed with the request's suffix.
         tree: out, T = 1 + G(N-1) + max(0, W(N-1) - 1) nodes per request.
     """
     b = expect_batch(batch)
@@ -220,7 +205,6 @@ def build_tree(
     _, k, w = pages.window.shape
     t = 1 + g * k + max(0, w * k - 1)
     expect("candidates", candidates, (b, g, k))
-    expect("context", context, (b, g))
     if expect_tree(tree) != (b, t):
         raise ValueError(f"the tree's columns are not [{b}, {t}]")
     if not b:
@@ -230,10 +214,8 @@ def build_tree(
         tree.parents,
         tree.depths,
         tree.kinds,
-        tree.origins,
         tree.num_nodes,
         candidates,
-        context,
         pages.tokens,
         pages.window,
         batch.block_table,

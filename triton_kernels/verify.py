@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample and match: walk each tree while a candidate carries the token sampled.
 
-Oracle: `core.verify.verify`; `observe` for the counts of what was accepted.
+Oracle: `core.verify.verify`.
 """
 
 import torch
@@ -89,71 +89,4 @@ def verify(tree: DraftTree, sampled: torch.Tensor, verdict: Verdict) -> None:
         N=n,
         BLOCK_T=triton.next_power_of_2(t),
         num_warps=1,  # no barrier per token of the walk
-    )
-
-
-@jit
-def _observe_kernel(
-    trials_ptr,  # [origins, DEPTHS] float64, in and out
-    hits_ptr,  # [origins, DEPTHS] float64, in and out
-    path_ptr,  # [B, N] int32
-    kinds_ptr,  # [B, T] int32
-    depths_ptr,  # [B, T] int32
-    origins_ptr,  # [B, T] int32
-    num_nodes_ptr,  # [B] int32
-    stride_tree,
-    T: tl.constexpr,
-    N: tl.constexpr,
-    DEPTHS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    node = tl.arange(0, BLOCK_T)
-    live = node < tl.minimum(tl.load(num_nodes_ptr + b), T)
-    row = b * stride_tree + node
-    kind = tl.load(kinds_ptr + row, mask=live, other=0)
-    origin = tl.load(origins_ptr + row, mask=live, other=-1)
-    depth = tl.load(depths_ptr + row, mask=live, other=1)
-    counted = live & (kind == KIND_CANDIDATE) & (origin >= 0)
-    on_path = tl.load(path_ptr + b * N + depth, mask=counted & (depth < N), other=-1)
-    accepted = counted & (on_path == node)
-    cell = origin * DEPTHS + depth - 1
-    one = tl.full([BLOCK_T], 1, tl.float64)
-    tl.atomic_add(trials_ptr + cell, one, mask=counted, sem="relaxed")
-    tl.atomic_add(hits_ptr + cell, one, mask=accepted, sem="relaxed")
-
-
-def observe(
-    tree: DraftTree, verdict: Verdict, trials: torch.Tensor, hits: torch.Tensor
-) -> None:
-    """Count which candidates were accepted, by where they came from.
-
-    Args:
-        tree: as fed.
-        verdict: of the tree.
-        trials: [NUM_ORIGINS * G, N-1] float64, candidate nodes verified, by
-            origin and depth - 1; added to.
-        hits: like `trials`, those accepted; added to.
-    """
-    b, t = expect_tree(tree)
-    n = verdict.path.shape[1]
-    expect("verdict.path", verdict.path, (b, n))
-    expect("trials", trials, (-1, n - 1), torch.float64)
-    expect("hits", hits, tuple(trials.shape), torch.float64)
-    if not b or not trials.numel():
-        return
-    _observe_kernel[(b,)](
-        trials,
-        hits,
-        verdict.path,
-        tree.kinds,
-        tree.depths,
-        tree.origins,
-        tree.num_nodes,
-        tree.tokens.stride(0),
-        T=t,
-        N=n,
-        DEPTHS=n - 1,
-        BLOCK_T=triton.next_power_of_2(t),
-        num_warps=1,
     )

@@ -11,7 +11,6 @@ from vllm import SamplingParams
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.engine.gpu.sizes import RequestSizes
@@ -124,9 +123,8 @@ def step_calls(
     )
     ops = TritonOps(params, requests, device)
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
-    longest = torch.full((NUM_ORIGINS, g), n - 1, dtype=torch.int32, device=device)
     bigrams = torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS), device=device).int()
-    tree = ops.propose(pages, batch, longest, bigrams)
+    tree = ops.propose(pages, batch, g, bigrams)
     host = torch.full((requests, t), VOCAB)  # a token that nobody drafts
     host_tree = DraftTree(**{name: x.cpu() for name, x in vars(tree).items()})
     for b in range(requests):
@@ -140,7 +138,7 @@ def step_calls(
     input_ids = torch.empty(requests * t, dtype=torch.int32, device=device)
     calls: Calls = {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
-        "propose": lambda: ops.propose(pages, batch, longest, bigrams),
+        "propose": lambda: ops.propose(pages, batch, g, bigrams),
         "mask": lambda: build_mask(
             tree, batch.position, starts, bits, positions, input_ids
         ),
@@ -153,12 +151,7 @@ def step_calls(
         del calls["compact"]
     scratch = pool.LookupScratch.allocate(requests, g, device)
     candidates = torch.empty(requests, g, n - 1, dtype=torch.int32, device=device)
-    agreeing = candidates[..., 0].clone()
-    parts: Calls = {
-        "lookup": lambda: pool.lookup(
-            pages, batch, longest, scratch, candidates, agreeing
-        )
-    }
+    parts: Calls = {"lookup": lambda: pool.lookup(pages, batch, scratch, candidates)}
     return calls, parts, num_moved(verdict)
 
 

@@ -10,7 +10,6 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.params import LookaheadParams
 
@@ -33,7 +32,6 @@ class Node(NamedTuple):
     parent: int
     depth: int
     kind: int
-    origin: int
 
 
 def ints(values: Sequence) -> torch.Tensor:
@@ -64,11 +62,6 @@ def make_batch(rows: Sequence[Row], filler: int = 0) -> RequestBatch:
     )
 
 
-def full_length(g: int, n: int) -> torch.Tensor:
-    """The `chain_length` table that cuts no chain."""
-    return torch.full((NUM_ORIGINS, g), n - 1, dtype=torch.int32)
-
-
 def write(
     ops: LookaheadOps,
     pages: BlockPages,
@@ -97,7 +90,7 @@ def put_in_ring(pages: BlockPages, block: int, ngrams: Sequence[Sequence[int]]) 
 
 def nodes_of(tree: DraftTree) -> list[list[Node]]:
     """The nodes of each tree, without the padding."""
-    columns = (tree.tokens, tree.parents, tree.depths, tree.kinds, tree.origins)
+    columns = (tree.tokens, tree.parents, tree.depths, tree.kinds)
     lists = [column.tolist() for column in columns]
     trees = []
     for b, count in enumerate(tree.num_nodes.tolist()):
@@ -108,10 +101,10 @@ def nodes_of(tree: DraftTree) -> list[list[Node]]:
 def make_tree(trees: Sequence[Sequence[Node]]) -> DraftTree:
     """Pad lists of nodes to one `DraftTree`, as `nodes_of` reads it."""
     size = max(map(len, trees))
-    padding = Node(EMPTY, EMPTY, 0, 0, EMPTY)
+    padding = Node(EMPTY, EMPTY, 0, 0)
     padded = [[*nodes, *[padding] * (size - len(nodes))] for nodes in trees]
     columns = [
-        ints([[node[c] for node in nodes] for nodes in padded]) for c in range(5)
+        ints([[node[c] for node in nodes] for nodes in padded]) for c in range(4)
     ]
     return DraftTree(*columns, ints([len(nodes) for nodes in trees]))
 

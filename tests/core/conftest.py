@@ -9,7 +9,14 @@ import torch
 from vllm_lookahead.core.ops import LookaheadOps, TorchOps
 from vllm_lookahead.cpu_kernels.ops import NumbaOps
 
-IMPLEMENTATIONS: dict[str, LookaheadOps] = {"torch": TorchOps(), "numba": NumbaOps()}
+
+class WithChains(NumbaOps):
+    """Given the oracle's trees, for tests of what is done with them."""
+
+    propose = staticmethod(TorchOps.propose)
+
+
+IMPLEMENTATIONS: dict[str, LookaheadOps] = {"torch": TorchOps(), "numba": WithChains()}
 # Compared with TorchOps.
 OTHERS = {n: ops for n, ops in IMPLEMENTATIONS.items() if n != "torch"}
 

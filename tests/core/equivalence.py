@@ -12,7 +12,6 @@ from tests.core.build import Row, clone_pages, ints, make_batch, make_pages, nod
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.ops import LookaheadOps, TorchOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
@@ -68,8 +67,8 @@ class State:
 
     pages: BlockPages
     batch: RequestBatch
-    chain_length: torch.Tensor  # [NUM_ORIGINS, G]
     n: int
+    g: int
 
 
 def random_state(shape: Shape, seed: int) -> State:
@@ -115,9 +114,7 @@ def random_state(shape: Shape, seed: int) -> State:
             row.g = rng.choice([g, rng.randint(0, g)])
             row.max_nodes = rng.choice([most, rng.randint(1, most)])
         rows.append(row)
-    chain_length = torch.randint(0, n, (NUM_ORIGINS, g), dtype=torch.int32)
-    chain_length[torch.rand(NUM_ORIGINS, g) < 0.5] = n - 1
-    return State(pages, make_batch(rows, filler=blocks[0]), chain_length, n)
+    return State(pages, make_batch(rows, filler=blocks[0]), n, g)
 
 
 def random_bigrams(vocab: int) -> torch.Tensor:
@@ -165,7 +162,7 @@ def assert_same_trees(one: DraftTree, other: DraftTree) -> None:
     assert one.tokens.shape == other.tokens.shape
     node = torch.arange(one.tokens.shape[1])
     live = node < one.num_nodes[:, None]
-    for name in ("tokens", "parents", "depths", "kinds", "origins"):
+    for name in ("tokens", "parents", "depths", "kinds"):
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype == torch.int32, name
         assert torch.equal(a[live], b[live]), name
@@ -203,8 +200,8 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
     before = clone_pages(state.pages)
     batch = copy.deepcopy(state.batch)
     for bigrams in (None, random_bigrams(vocab)):
-        tree = oracle.propose(state.pages, state.batch, state.chain_length, bigrams)
-        again = other.propose(state.pages, batch, state.chain_length, bigrams)
+        tree = oracle.propose(state.pages, state.batch, state.g, bigrams)
+        again = other.propose(state.pages, batch, state.g, bigrams)
         assert_same_trees(tree, again)
     assert_same_pages(state.pages, before)
     for f in fields(RequestBatch):
@@ -213,12 +210,6 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
     sampled = random_samples(tree, vocab, seed)
     verdict = oracle.verify(tree, sampled, state.n)
     assert_same_verdicts(verdict, other.verify(tree, sampled, state.n))
-
-    counts = torch.ones(NUM_ORIGINS * state.chain_length.shape[1], state.n - 1)
-    counted = [[counts.double(), counts.double()] for _ in range(2)]
-    oracle.observe(tree, verdict, *counted[0])
-    other.observe(tree, verdict, *counted[1])
-    assert torch.equal(torch.stack(counted[0]), torch.stack(counted[1]))
 
     caches = random_caches(total, size)
     copies = [cache.clone() for cache in caches]
@@ -243,7 +234,7 @@ def run_steps(
     for step in range(STEPS):
         slots = batch.slots(batch.position[:, None], size).flatten()
         ops.write_tokens(pages, slots, batch.root)
-        tree = ops.propose(pages, batch, state.chain_length)
+        tree = ops.propose(pages, batch, state.g)
         sampled = random_samples(tree, vocab, seed + step)
         verdict = ops.verify(tree, sampled, state.n)
         ops.update(pages, batch, tree, sampled, verdict)

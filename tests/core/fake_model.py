@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.core.build import Row, full_length, make_batch, make_pages, write
-from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import Draws
+from tests.core.build import Row, make_batch, make_pages, write
 from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.tree import DraftTree
 
@@ -107,12 +105,10 @@ class FakeEngine:
     ) -> None:
         """
         Args:
-            with_bigrams: draft them, ranked by noise where a request is not greedy,
-                and cut chains to random lengths.
+            with_bigrams: draft them.
         """
         w, self.n, self.g = sizes
-        self.with_bigrams = with_bigrams
-        self.bigrams = model.bigrams()
+        self.bigrams = model.bigrams() if with_bigrams else None
         self.ops, self.model, self.block_size = ops, model, block_size
         self.rng = random.Random(seed)
         self.pages = make_pages(num_blocks, block_size, w, self.n)
@@ -154,7 +150,7 @@ class FakeEngine:
         batch = make_batch(rows, filler=self.rng.randrange(len(self.pages.window)))
         for row in rows:
             write(self.ops, self.pages, row.blocks, [row.root], row.position)
-        tree = self._propose(batch)
+        tree = self.ops.propose(self.pages, batch, self.g, self.bigrams)
         sampled = self._forward(requests, tree)
         verdict = self.ops.verify(tree, sampled, self.n)
         self.ops.compact(self.caches, batch, verdict, self.block_size)
@@ -163,19 +159,6 @@ class FakeEngine:
             count = int(verdict.num_emitted[b])
             request.text += verdict.tokens[b, :count].tolist()
             request.emitted.append(count)
-
-    def _propose(self, batch: RequestBatch) -> DraftTree:
-        lengths = full_length(self.g, self.n)
-        if not self.with_bigrams:
-            return self.ops.propose(self.pages, batch, lengths)
-        count = len(batch.root)
-        draws = Draws(
-            torch.randint(2**31, (count, self.n - 1)),
-            torch.rand(count) * torch.randint(2, (count,)),
-            torch.rand(self.bigrams.shape),
-        )
-        lengths = lengths.minimum(torch.randint_like(lengths, 2 * self.n))
-        return self.ops.propose(self.pages, batch, lengths, self.bigrams, draws)
 
     def _put(
         self,

@@ -12,8 +12,6 @@ from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
 
-Chain = tuple[int, list[int]]  # agreement with the suffix, tokens
-
 
 def history_of(pages: BlockPages, row: Row) -> list[int]:
     """Tokens at positions 0..p-1, EMPTY where unknown."""
@@ -34,7 +32,7 @@ def until_empty(tokens: Sequence[int]) -> list[int]:
     return [*tokens, EMPTY][: [*tokens, EMPTY].index(EMPTY)]
 
 
-def pool_entries(pages: BlockPages, row: Row) -> list[Chain]:
+def pool_entries(pages: BlockPages, row: Row) -> list[list[int]]:
     """Every continuation of the root that the pages know, best first."""
     p, n = row.position, row.n
     text = [*history_of(pages, row), row.root]
@@ -59,25 +57,22 @@ def pool_entries(pages: BlockPages, row: Row) -> list[Chain]:
                 values = until_empty(values[: n - 1])
                 found.append(((context, logical, 0, order), values))
     found.sort(reverse=True)
-    return [(score[0], values) for score, values in found]
+    return [values for _, values in found]
 
 
-def lookup(pages: BlockPages, row: Row, chain_length: list[list[int]]) -> list[Chain]:
-    """At most G distinct chains for the root, best first, cut to `chain_length`."""
-    columns = len(chain_length[0])
-    chains: list[Chain] = []
-    for context, values in pool_entries(pages, row)[: columns * ENTRIES_PER_CANDIDATE]:
-        known = any(values == earlier[: len(values)] for _, earlier in chains)
+def lookup(pages: BlockPages, row: Row, max_candidates: int) -> list[list[int]]:
+    """At most G distinct chains for the root, best first."""
+    chains: list[list[int]] = []
+    entries = pool_entries(pages, row)
+    for values in entries[: max_candidates * ENTRIES_PER_CANDIDATE]:
+        known = any(values == earlier[: len(values)] for earlier in chains)
         if values and not known and len(chains) < row.g:
-            chains.append((context, values))
-    return [
-        (context, values[: chain_length[context][rank]])
-        for rank, (context, values) in enumerate(chains)
-    ]
+            chains.append(values)
+    return chains
 
 
 def draft_tree(
-    row: Row, chains: Sequence[Chain], window: Sequence[Sequence[int]], columns: int
+    row: Row, chains: Sequence[Sequence[int]], window: Sequence[Sequence[int]]
 ) -> list[Node]:
     """Root, the chains' trie, then the window row by row if it fits whole.
 
@@ -85,18 +80,15 @@ def draft_tree(
         row: the request.
         chains: best first.
         window: rows R0..R_{N-2}, at least W entries each; (0, 0) is not read.
-        columns: G of the batch, for the origins.
     """
-    nodes = [Node(row.root, EMPTY, 0, ROOT, EMPTY)]
+    nodes = [Node(row.root, EMPTY, 0, ROOT)]
     trie = {(): 0}
-    for rank, (context, chain) in enumerate(chains):
+    for chain in chains:
         for depth in range(1, len(chain) + 1):
             path = tuple(chain[:depth])
             if path not in trie and len(nodes) < row.max_nodes:
                 trie[path] = len(nodes)
-                origin = context * columns + rank
-                parent = trie[path[:-1]]
-                nodes.append(Node(path[-1], parent, depth, CANDIDATE, origin))
+                nodes.append(Node(path[-1], trie[path[:-1]], depth, CANDIDATE))
 
     rows = range(row.n - 1)
     cells = [(r, j) for r in rows for j in range(row.w) if (r, j) != (0, 0)]
@@ -105,7 +97,7 @@ def draft_tree(
         for r, j in cells:
             index[r, j] = len(nodes)
             parent = index[(0, j - 1) if r == 0 else (r - 1, j)]
-            nodes.append(Node(window[r][j], parent, r + j, WINDOW, EMPTY))
+            nodes.append(Node(window[r][j], parent, r + j, WINDOW))
     return nodes
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of `LookaheadOps` does exactly what TorchOps does."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.core.build import clone_pages
 from tests.core.equivalence import (
     SHAPES,
-    State,
     assert_same_ops,
     assert_same_pages,
     assert_same_trees,
@@ -33,7 +34,7 @@ def test_steps_one_after_another(other_ops, name):
     """The state that an implementation leaves is the one that it needs."""
     shape, seed = SHAPES[name], 100
     state = random_state(shape, seed)
-    own = State(clone_pages(state.pages), state.batch, state.chain_length, state.n)
+    own = replace(state, pages=clone_pages(state.pages))
     expected = run_steps(TorchOps(), state, shape.vocab, seed)
     done = run_steps(other_ops, own, shape.vocab, seed)
     for (tree, verdict), (own_tree, own_verdict) in zip(expected, done, strict=True):
@@ -44,15 +45,14 @@ def test_steps_one_after_another(other_ops, name):
 
 def test_the_states_are_hard():
     """They have candidates and windows, trees cut short, and shared prefixes."""
-    full = cut = merged = agreeing = 0
+    full = cut = merged = 0
     for seed in range(20):
         shape = SHAPES["eight ragged requests"]
         state = random_state(shape, seed)
-        tree = TorchOps().propose(state.pages, state.batch, state.chain_length)
+        tree = TorchOps().propose(state.pages, state.batch, state.g)
         kinds = [set(row.tolist()) for row in tree.kinds]
         full += sum({CANDIDATE, WINDOW} <= k for k in kinds)
         cut += int((tree.num_nodes == state.batch.max_nodes).sum())
         siblings = [p[p > 0].tolist() for p in tree.parents]
         merged += sum(len(set(s)) < len(s) for s in siblings)
-        agreeing += int((tree.origins >= 2 * shape.g).sum())
-    assert min(full, cut, merged, agreeing) > 5
+    assert min(full, cut, merged) > 5

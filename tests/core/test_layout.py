@@ -18,7 +18,7 @@ MAX_MODEL_LEN = 60  # within reach of some windows
 def laid_out(name: str, seed: int):
     """Trees of a random state between requests without any."""
     state = random_state(SHAPES[name], seed)
-    tree = TorchOps.propose(state.pages, state.batch, state.chain_length)
+    tree = TorchOps.propose(state.pages, state.batch, state.g)
     draw = np.random.default_rng(seed)
     num_trees = len(state.batch.root)
     num_requests = num_trees + int(draw.integers(0, 4))

@@ -106,8 +106,7 @@ def test_output_is_sequential_decoding(ops, sizes, model, block_size):
     "sizes", [(0, 2, 1), (0, 8, 8), (5, 4, 5), (15, 5, 15)], ids=str
 )
 def test_bigrams_of_the_model(ops, sizes, model):
-    """Chains that begin with them and end in them, cut to any length."""
-    torch.manual_seed(7)
+    """Chains that begin with them and end in them."""
     engine = make_engine(ops, model, sizes, 32, with_bigrams=True)
     requests = start_all(
         engine, [prompt(k, model) for k in (1, 2, 3, LONG)], [sizes] * 4

@@ -7,7 +7,6 @@ import torch
 from tests.core.build import (
     Row,
     clone_pages,
-    full_length,
     ints,
     make_batch,
     make_pages,
@@ -35,7 +34,7 @@ def decode(ops: LookaheadOps, pages: BlockPages, row: Row, sampled: list[int]) -
     """
     write(ops, pages, row.blocks, [row.root], row.position)
     batch = make_batch([row])
-    tree = ops.propose(pages, batch, full_length(0, row.n))
+    tree = ops.propose(pages, batch, 0)
     answers = torch.full(tree.tokens.shape, 1, dtype=torch.int32)
     answers[0, 0] = sampled[0]
     first = int(tree.num_nodes[0]) - row.w
@@ -47,12 +46,12 @@ def decode(ops: LookaheadOps, pages: BlockPages, row: Row, sampled: list[int]) -
 
 def drafted(ops: LookaheadOps, pages: BlockPages, row: Row) -> set[int]:
     """Tokens of all nodes below the root."""
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), full_length(G, row.n)))
+    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), G))
     return {node.token for node in nodes[1:]}
 
 
 def candidate_tokens(ops: LookaheadOps, pages: BlockPages, row: Row) -> list[int]:
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), full_length(G, row.n)))
+    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), G))
     return [node.token for node in nodes if node.kind == CANDIDATE]
 
 
@@ -149,7 +148,7 @@ def test_disjoint_blocks_never_share(ops):
     pages.window[0] = SECRET[50]
     rows = [Row(table, 20, X, W, N, G) for table in tables]
     batch = make_batch(rows, filler=5)
-    own, other = nodes_of(ops.propose(pages, batch, full_length(G, N)))
+    own, other = nodes_of(ops.propose(pages, batch, G))
     assert [n.token for n in own if n.kind == CANDIDATE] == [
         *SECRET[10 : 10 + N - 1],
         *SECRET[: N - 1],
@@ -200,7 +199,7 @@ def test_the_oldest_of_a_ring_is_overwritten(ops, w):
     for step in range(3 * size // w + 2):
         new = [1000 * (step + 1) + j for j in range(w)]
         batch = make_batch([row])
-        tree = ops.propose(pages, batch, full_length(0, 2))
+        tree = ops.propose(pages, batch, 0)
         keys = [X, *tree.tokens[0, 1:w].tolist()]
         answers = ints([new])
         verdict = ops.verify(tree, answers, 2)

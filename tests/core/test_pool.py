@@ -4,57 +4,35 @@
 import random
 
 import pytest
-import torch
 
 from tests.core.build import (
     Row,
-    full_length,
     ints,
     make_batch,
     make_pages,
     nodes_of,
-    path_to,
     put_in_ring,
     write,
 )
-from tests.core.plain_python import Chain, draft_tree, lookup
-from vllm_lookahead.core.ops import LookaheadOps
+from tests.core.plain_python import draft_tree, lookup, until_empty
+from vllm_lookahead.core import pool
+from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT, NUM_ORIGINS
-from vllm_lookahead.core.tree import CANDIDATE
+from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT
 
 X = 99  # the root
 G, N = 4, 4
 
 
-def candidates(
-    ops: LookaheadOps,
-    pages: BlockPages,
-    row: Row,
-    chain_length: torch.Tensor | None = None,
-) -> list[Chain]:
-    """(agreement, tokens) of each chain in a request's tree, best first."""
-    n = pages.window.shape[1] + 1
-    lengths = full_length(G, n) if chain_length is None else chain_length
-    columns = lengths.shape[1]
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), lengths))
-    last = {}  # rank: its last node, the only one that is on no other chain
-    for i, node in enumerate(nodes):
-        if node.kind == CANDIDATE:
-            last[node.origin % columns] = i
-    chains = []
-    for rank in sorted(last):
-        path = path_to(nodes, last[rank])
-        context = nodes[last[rank]].origin // columns
-        chains.append((context, [nodes[i].token for i in path[1:]]))
-    return chains
+def candidates(pages: BlockPages, row: Row, g: int = G) -> list[list[int]]:
+    """The chains that may follow a request's root, best first."""
+    (chains,) = pool.lookup(pages, make_batch([row]), g).tolist()
+    return [until_empty(chain) for chain in chains if chain[0] != EMPTY]
 
 
-def request(
-    ops: LookaheadOps, pages: BlockPages, blocks: list[int], text: list[int], **sizes
-) -> Row:
+def request(pages: BlockPages, blocks: list[int], text: list[int], **sizes) -> Row:
     """A request whose prompt is `text` without its last token, the root."""
-    write(ops, pages, blocks, text[:-1])
+    write(TorchOps(), pages, blocks, text[:-1])
     n = pages.window.shape[1] + 1
     return Row(blocks, len(text) - 1, text[-1], **{"n": n, **sizes})
 
@@ -63,19 +41,19 @@ def history(*parts: list[int]) -> list[int]:
     return [token for part in parts for token in part]
 
 
-def test_nothing_known_nothing_drafted(ops):
+def test_nothing_known_nothing_drafted():
     pages = make_pages(2, 16, 0, N)
-    assert candidates(ops, pages, request(ops, pages, [0], [1, 2, 3, X])) == []
+    assert candidates(pages, request(pages, [0], [1, 2, 3, X])) == []
 
 
-def test_every_position_of_the_history_is_an_ngram(ops):
+def test_every_position_of_the_history_is_an_ngram():
     pages = make_pages(2, 16, 0, N)
     text = [1, X, 11, 12, 13, 14, 2, X, 21, 22, 23, 3, X]
-    found = candidates(ops, pages, request(ops, pages, [1], text))
-    assert found == [(0, [21, 22, 23]), (0, [11, 12, 13])]
+    found = candidates(pages, request(pages, [1], text))
+    assert found == [[21, 22, 23], [11, 12, 13]]
 
 
-def test_longer_agreement_wins_then_the_newest(ops):
+def test_longer_agreement_wins_then_the_newest():
     pages = make_pages(4, 16, 0, N)
     text = history(
         [7, 8, 9, X, 11, 0, 0],  # agrees on three tokens before the key
@@ -85,69 +63,59 @@ def test_longer_agreement_wins_then_the_newest(ops):
         [6, 6, 6, X, 55, 0, 0],  # on none
         [7, 8, 9, X],
     )
-    row = request(ops, pages, [3, 0, 2], text, g=5)
-    found = candidates(ops, pages, row, full_length(5, N))
-    assert [(c, tokens[0]) for c, tokens in found] == [
-        (3, 11),
-        (2, 44),
-        (2, 22),
-        (1, 33),
-        (0, 55),
-    ]
+    row = request(pages, [3, 0, 2], text, g=5)
+    found = candidates(pages, row, 5)
+    assert [chain[0] for chain in found] == [11, 44, 22, 33, 55]
 
 
-def test_agreement_counts_at_most_max_context_tokens(ops):
+def test_agreement_counts_at_most_max_context_tokens():
     pages = make_pages(4, 16, 0, N)
     suffix = list(range(10, 10 + MAX_CONTEXT + 2))
     text = history(suffix, [X, 1], suffix[1:], [X, 2], suffix, [X])
-    found = candidates(ops, pages, request(ops, pages, [0, 1, 2], text))
+    found = candidates(pages, request(pages, [0, 1, 2], text))
     # Beyond MAX_CONTEXT they are equals: the newest wins.
-    assert [(c, tokens[0]) for c, tokens in found] == [
-        (MAX_CONTEXT, 2),
-        (MAX_CONTEXT, 1),
-    ]
+    assert [chain[0] for chain in found] == [2, 1]
 
 
-def test_a_chain_may_run_into_the_root(ops):
+def test_a_chain_may_run_into_the_root():
     pages = make_pages(1, 16, 0, N)
-    found = candidates(ops, pages, request(ops, pages, [0], [3, X, 4, X]))
-    assert found == [(0, [4, X])]
-    repeated = request(ops, pages, [0], [X, X, X, X])
-    assert candidates(ops, pages, repeated) == [(2, [X]), (1, [X, X]), (0, [X, X, X])]
+    found = candidates(pages, request(pages, [0], [3, X, 4, X]))
+    assert found == [[4, X]]
+    repeated = request(pages, [0], [X, X, X, X])
+    assert candidates(pages, repeated) == [[X], [X, X], [X, X, X]]
 
 
-def test_a_chain_ends_where_the_history_is_unknown(ops):
+def test_a_chain_ends_where_the_history_is_unknown():
     """A block whose tokens nobody recorded, e.g. one loaded from elsewhere."""
     pages = make_pages(3, 16, 0, N)
-    write(ops, pages, [0], [*range(20, 35), X])
-    write(ops, pages, [2], [1, 2, 3, 4])
-    assert candidates(ops, pages, Row([0, 1, 2], 36, X)) == []
+    write(TorchOps(), pages, [0], [*range(20, 35), X])
+    write(TorchOps(), pages, [2], [1, 2, 3, 4])
+    assert candidates(pages, Row([0, 1, 2], 36, X)) == []
     pages.tokens[1, 0], pages.tokens[1, 2] = 8, 9
-    assert candidates(ops, pages, Row([0, 1, 2], 36, X)) == [(0, [8])]
+    assert candidates(pages, Row([0, 1, 2], 36, X)) == [[8]]
 
 
-def test_unknown_tokens_agree_with_nothing(ops):
+def test_unknown_tokens_agree_with_nothing():
     pages = make_pages(2, 16, 0, N)
     text = [1, EMPTY, X, 11, 12, 13, 2, 3, X, 21, 22, 23, 1, EMPTY]
-    write(ops, pages, [1], text)
-    found = candidates(ops, pages, Row([1], len(text), X))
-    assert found == [(0, [21, 22, 23]), (0, [11, 12, 13])]
+    write(TorchOps(), pages, [1], text)
+    found = candidates(pages, Row([1], len(text), X))
+    assert found == [[21, 22, 23], [11, 12, 13]]
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_a_few_entries_per_candidate_are_looked_at(ops, extra):
+def test_a_few_entries_per_candidate_are_looked_at(extra):
     """The oldest of all n-grams is found only while few repeat themselves."""
     pages = make_pages(10, 16, 0, 2)
     repeats = G * ENTRIES_PER_CANDIDATE - 1 + extra
     text = history([X, 11], [X, 22] * repeats, [X])
-    found = candidates(ops, pages, request(ops, pages, [*range(10)], text, n=2))
-    chains = [tokens for _, tokens in found]
-    assert chains == ([[22]] if extra else [[22], [11]])
+    found = candidates(pages, request(pages, [*range(10)], text, n=2))
+    assert found == ([[22]] if extra else [[22], [11]])
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_ngrams_across_block_borders(ops, block_size, n):
+def test_ngrams_across_block_borders(block_size, n):
     """The n-gram at every offset, through a block table in no order."""
     table = [4, 1, 5, 0]
     for at in range(1, 2 * block_size + 2):
@@ -155,11 +123,11 @@ def test_ngrams_across_block_borders(ops, block_size, n):
         text = list(range(200, 200 + 3 * block_size + 5))
         text[at], text[at - 1], text[-1] = X, 7, X
         text[-2] = 7
-        found = candidates(ops, pages, request(ops, pages, table, text))
-        assert found == [(1, text[at + 1 : at + n])]
+        found = candidates(pages, request(pages, table, text))
+        assert found == [text[at + 1 : at + n]]
 
 
-def test_no_chain_is_a_prefix_of_an_earlier_one(ops):
+def test_no_chain_is_a_prefix_of_an_earlier_one():
     pages = make_pages(2, 16, 2, N)
     put_in_ring(
         pages,
@@ -174,45 +142,28 @@ def test_no_chain_is_a_prefix_of_an_earlier_one(ops):
         ],
     )
     pages.tokens[0, :2] = ints([8, 9])
-    found = candidates(ops, pages, Row([0], 2, X))
-    assert [tokens for _, tokens in found] == [[1, 2, 4], [6, 7], [1, 2, 3]]
+    found = candidates(pages, Row([0], 2, X))
+    assert found == [[1, 2, 4], [6, 7], [1, 2, 3]]
     # A longer one is new: it says more.
     put_in_ring(pages, 0, [(9, X, 6, 7), (9, X, 6)])
-    tree = ops.propose(pages, make_batch([Row([0], 2, X)]), full_length(G, N))
+    tree = TorchOps.propose(pages, make_batch([Row([0], 2, X)]), G)
     assert tree.tokens[0, :3].tolist() == [X, 6, 7]
-    assert tree.origins[0, :3].tolist() == [EMPTY, 1 * G, 1 * G + 1]
 
 
 @pytest.mark.parametrize("g", range(G + 1))
 @pytest.mark.parametrize("n", range(2, N + 1))
-def test_each_request_has_its_own_limits(ops, n, g):
+def test_each_request_has_its_own_limits(n, g):
     pages = make_pages(4, 16, 0, N)
     text = history(*([i, X, 10 * i, 10 * i + 1, 10 * i + 2] for i in range(1, 7)))
-    row = request(ops, pages, [2, 3], [*text, 0, X], n=n, g=g)
-    found = candidates(ops, pages, row)
+    row = request(pages, [2, 3], [*text, 0, X], n=n, g=g)
+    found = candidates(pages, row)
     newest_first = [6, 5, 4, 3][:g]
     wanted = [[10 * i, 10 * i + 1, 10 * i + 2][: n - 1] for i in newest_first]
-    assert [tokens for _, tokens in found] == wanted
-
-
-def test_chain_length_by_agreement_and_rank(ops):
-    pages = make_pages(4, 16, 0, N)
-    text = history([9, X, 1, 2, 3], [8, X, 4, 5, 6], [7, X, 24, 25, 26], [9, X])
-    row = request(ops, pages, [1, 0], text)
-    lengths = full_length(G, N)
-    lengths[1] = ints([2, 0, 0, 0])
-    lengths[0] = ints([0, 3, 1, 0])
-    assert candidates(ops, pages, row, lengths) == [
-        (1, [1, 2]),
-        (0, [24, 25, 26]),
-        (0, [4]),
-    ]
-    lengths[:] = 0
-    assert candidates(ops, pages, row, lengths) == []
+    assert found == wanted
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_pools_against_plain_python(ops, seed):
+def test_random_pools_against_plain_python(seed):
     """Histories and rings of few tokens, so that nearly everything agrees."""
     rng = random.Random(seed)
     w, n, g = rng.randint(0, 3), rng.randint(2, 6), rng.randint(0, 6)
@@ -225,7 +176,7 @@ def test_random_pools_against_plain_python(ops, seed):
         length = rng.choice([1, size, size + 1, 2 * size, rng.randint(1, 4 * size - 1)])
         text = [rng.randrange(vocab) for _ in range(length + 1)]
         rows.append(
-            request(ops, pages, table, text, n=rng.randint(2, n), g=rng.randint(0, g))
+            request(pages, table, text, n=rng.randint(2, n), g=rng.randint(0, g))
         )
         for block in table if w else ():
             grams = [
@@ -239,11 +190,9 @@ def test_random_pools_against_plain_python(ops, seed):
             pages.ring_count[block] += turn
     if rng.random() < 0.3:
         pages.tokens[:, rng.randrange(size)] = EMPTY  # never recorded
-    lengths = torch.randint(0, n, (NUM_ORIGINS, g), dtype=torch.int32)
-    lengths = rng.choice([lengths, full_length(g, n)])
 
-    tree = ops.propose(pages, make_batch(rows, filler=blocks[0]), lengths)
+    tree = TorchOps.propose(pages, make_batch(rows, filler=blocks[0]), g)
 
     for row, nodes in zip(rows, nodes_of(tree), strict=True):
-        chains = lookup(pages, row, lengths.tolist()) if g else []
-        assert nodes == draft_tree(row, chains, [], g)
+        chains = lookup(pages, row, g)
+        assert nodes == draft_tree(row, chains, [])

@@ -15,8 +15,8 @@ from tests.core.equivalence import (
     random_state,
 )
 from tests.core.test_verify import assert_verdict, random_tree
+from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.pool import MAX_CONTEXT
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
 from vllm_lookahead.params import LookaheadParams
 
@@ -57,10 +57,10 @@ def known_ngrams(state: State, b: int) -> list[list[int]]:
 
 @examples
 @given(shape=shapes, seed=seeds)
-def test_a_proposal_is_a_tree_of_known_ngrams(ops, shape, seed):
+def test_a_proposal_is_a_tree_of_known_ngrams(shape, seed):
     state = random_state(shape, seed)
     before = clone_pages(state.pages)
-    tree = ops.propose(state.pages, state.batch, state.chain_length)
+    tree = TorchOps.propose(state.pages, state.batch, state.g)
     assert_same_pages(state.pages, before)
     batch = state.batch
     for b, nodes in enumerate(nodes_of(tree)):
@@ -74,7 +74,7 @@ def test_a_proposal_is_a_tree_of_known_ngrams(ops, shape, seed):
         )
         own_size = LookaheadParams(w, n, g).max_tree_size
         assert 1 <= len(nodes) <= min(own_size, int(batch.max_nodes[b]))
-        assert nodes[0] == (int(batch.root[b]), EMPTY, 0, ROOT, EMPTY)
+        assert nodes[0] == (int(batch.root[b]), EMPTY, 0, ROOT)
         siblings = set()
         known = known_ngrams(state, b)
         for i, node in enumerate(nodes[1:], 1):
@@ -82,16 +82,13 @@ def test_a_proposal_is_a_tree_of_known_ngrams(ops, shape, seed):
             assert node.depth == nodes[node.parent].depth + 1
             assert 0 <= node.token < shape.vocab
             if node.kind == WINDOW:
-                assert node.depth <= w - 1 + n - 2 and node.origin == EMPTY
+                assert node.depth <= w - 1 + n - 2
                 continue
             assert node.kind == CANDIDATE and node.depth <= n - 1
             assert (node.parent, node.token) not in siblings
             siblings.add((node.parent, node.token))
             branch = [nodes[k].token for k in path_to(nodes, i)]
             assert any(gram[: len(branch)] == branch for gram in known)
-            context, rank = divmod(node.origin, shape.g)
-            assert rank < g and context <= MAX_CONTEXT
-            assert node.depth <= state.chain_length[context, rank]
         num_window = sum(node.kind == WINDOW for node in nodes)
         assert num_window in (0, w * (n - 1) - 1)
         assert [node.kind for node in nodes] == sorted(node.kind for node in nodes)
@@ -102,7 +99,7 @@ def test_a_proposal_is_a_tree_of_known_ngrams(ops, shape, seed):
 def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
     state = random_state(shape, seed)
     batch, pages, size = state.batch, state.pages, state.pages.block_size
-    tree = ops.propose(pages, batch, state.chain_length)
+    tree = ops.propose(pages, batch, state.g)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
     before = clone_pages(pages)
@@ -142,7 +139,7 @@ def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
 @given(shape=shapes, seed=seeds)
 def test_a_verdict_is_a_path_of_matches(ops, shape, seed):
     state = random_state(shape, seed)
-    tree = ops.propose(state.pages, state.batch, state.chain_length)
+    tree = ops.propose(state.pages, state.batch, state.g)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
     trees = nodes_of(tree)
@@ -190,7 +187,7 @@ def test_a_node_sees_its_ancestors(sizes, rng):
 def test_compaction_keeps_other_slots(ops, shape, seed):
     state = random_state(shape, seed)
     batch, size = state.batch, state.pages.block_size
-    tree = ops.propose(state.pages, batch, state.chain_length)
+    tree = ops.propose(state.pages, batch, state.g)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from vllm_lookahead.core.verify import Verdict
 
 def random_tree(rng: random.Random, size: int, vocab: int) -> list[Node]:
     """Any tree: candidates and other kinds mixed, candidate siblings distinct."""
-    nodes = [Node(rng.randrange(vocab), EMPTY, 0, ROOT, EMPTY)]
+    nodes = [Node(rng.randrange(vocab), EMPTY, 0, ROOT)]
     while len(nodes) < size:
         # A small reach backwards makes deep trees.
         parent = max(0, len(nodes) - rng.choice([1, 1, 2, 5, size]))
@@ -25,7 +25,7 @@ def random_tree(rng: random.Random, size: int, vocab: int) -> list[Node]:
         if kind == CANDIDATE and token in taken:
             kind = WINDOW
         depth = nodes[parent].depth + 1
-        nodes.append(Node(token, parent, depth, kind, EMPTY))
+        nodes.append(Node(token, parent, depth, kind))
     return nodes
 
 
@@ -57,9 +57,9 @@ def test_walk_on_random_trees(ops, max_emitted, vocab, dtype):
 
 
 def chain(tokens: list[int], kind: int = CANDIDATE) -> list[Node]:
-    nodes = [Node(0, EMPTY, 0, ROOT, EMPTY)]
+    nodes = [Node(0, EMPTY, 0, ROOT)]
     for i, token in enumerate(tokens):
-        nodes.append(Node(token, i, i + 1, kind, EMPTY))
+        nodes.append(Node(token, i, i + 1, kind))
     return nodes
 
 
@@ -188,23 +188,3 @@ def test_compaction_of_nothing_touches_nothing(ops):
     ops.compact([cache], batch, make_verdict([[0], [0, 1, 2]], 4), 16)
     assert torch.equal(cache, before)
     ops.compact([], batch, make_verdict([[0, 3], [0]], 4), 16)
-
-
-def test_observe_counts_candidates_by_origin_and_depth(ops):
-    """Two chains of one request, one of another; the window is not counted."""
-    first = [
-        Node(0, EMPTY, 0, ROOT, EMPTY),
-        Node(1, 0, 1, CANDIDATE, 4),
-        Node(2, 1, 2, CANDIDATE, 4),
-        Node(3, 0, 1, CANDIDATE, 5),
-        Node(9, 0, 1, WINDOW, EMPTY),
-    ]
-    second = chain([7])
-    second[1] = second[1]._replace(origin=4)
-    trials, hits = (torch.ones(6, 2, dtype=torch.float64) for _ in range(2))
-    ops.observe(
-        make_tree([first, second]), make_verdict([[0, 3], [0, 1]], 3), trials, hits
-    )
-    one = [1, 1]
-    assert trials.tolist() == [one, one, one, one, [3, 2], [2, 1]]
-    assert hits.tolist() == [one, one, one, one, [2, 1], [2, 1]]

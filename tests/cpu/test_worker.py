@@ -2,14 +2,17 @@
 """The configuration under which vLLM's runner works."""
 
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.config import VllmConfig
 
+from vllm_lookahead.cpu_kernels.layout import feed_trees
 from vllm_lookahead.engine.cpu import linear
 from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
-from vllm_lookahead.engine.cpu.sampling import upcoming_draws
+from vllm_lookahead.engine.cpu.sampling import upcoming_noise
 from vllm_lookahead.engine.cpu.worker import plain_config
 from vllm_lookahead.params import LookaheadParams
 
@@ -38,17 +41,35 @@ def test_fast_prefill_is_refused_by_name() -> None:
         LookaheadCPUModelRunner(config, torch.device("cpu"), PARAMS, False)
 
 
-def test_draws_are_unknown_of_a_sampler_that_says_less() -> None:
+def test_noise_is_unknown_of_a_sampler_that_says_less() -> None:
     """vLLM 0.33 might know `use_fp64_gumbel` by another name."""
 
     def forward_cpu() -> None:
         pass
 
-    runner = SimpleNamespace(
+    runner: Any = SimpleNamespace(
         input_batch=SimpleNamespace(
-            sampling_metadata=SimpleNamespace(all_greedy=False)
+            sampling_metadata=SimpleNamespace(all_greedy=False), num_reqs=1
         ),
         sampler=SimpleNamespace(topk_topp_sampler=SimpleNamespace(forward=forward_cpu)),
-        bigram_logits=torch.zeros(2, 2),
+        params=PARAMS,
     )
-    assert upcoming_draws(runner, torch.zeros(1).numpy()) is None  # type: ignore[arg-type]
+    temperature, _ = upcoming_noise(runner, np.zeros(1, np.int64))
+    assert temperature.tolist() == [0.0]
+
+
+def test_a_step_of_trees_alone_feeds_what_vllm_would() -> None:
+    """Two chains, of 3 and 2 nodes, at 4 and 7, in blocks of 4 slots."""
+    outs = [np.full(8, -7, kind) for kind in (np.int32, np.int64, np.int64)]
+    outs += [np.full(4, -7, np.int32) for _ in range(3)]
+    tokens, positions, slots, query_start, seq_lens, upper_bounds = outs
+    fed = np.array([[0, 1, 2, 3, 4], [9, 8, 7, 6, 5], [4, 5, 6, 7, 8]])
+    table = np.array([[5, 2, 0], [3, 4, 1]], np.int32)
+    at = np.array([4, 7], np.int32)
+    roots = feed_trees(fed, np.array([0, 3, 5]), at, table, 4, *outs)
+    assert tokens.tolist() == [9, 8, 7, 6, 5, -7, -7, -7]
+    assert positions.tolist() == [4, 5, 6, 7, 8, -7, -7, -7]
+    assert slots.tolist() == [8, 9, 10, 19, 4, -7, -7, -7]
+    assert roots.tolist() == [8, 19]
+    assert query_start.tolist() == [0, 3, 5, 5]
+    assert seq_lens.tolist() == upper_bounds.tolist() == [7, 9, 0, 0]

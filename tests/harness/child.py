@@ -32,7 +32,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-WATCHED = ("waits", "allocated", "steps", "trees", "merged")
+WATCHED = ("waits", "allocated", "steps", "trees", "branched", "merged")
 numbers = itertools.count()
 
 

@@ -8,7 +8,6 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
@@ -61,7 +60,7 @@ def step(
     tokens = b * t
     ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
     bigrams = meta(128_256, NUM_SUCCESSORS)
-    tree = ops.propose(pages, batch, meta(NUM_ORIGINS, g), bigrams)
+    tree = ops.propose(pages, batch, g, bigrams)
     by_slot(tree, n)
     build_mask(
         tree,
@@ -73,8 +72,6 @@ def step(
     )
     sampled = meta(b, t, dtype=torch.int64)
     verdict = ops.verify(tree, sampled, n)
-    counts = meta(NUM_ORIGINS * g, n - 1, dtype=torch.float64)
-    ops.observe(tree, verdict, counts, counts)
     # vLLM: K and V of a head side by side
     cache = meta(NUM_BLOCKS, block_size, 8, 256, dtype=torch.bfloat16)
     ops.compact([cache] * 32, batch, verdict, block_size)
@@ -84,14 +81,14 @@ def step(
 def by_slot(tree: DraftTree, n: int) -> None:
     """Trees put away, and fed; what the host says of them is packed in one buffer."""
     s, (b, t) = MAX_REQUESTS, tree.tokens.shape
-    columns, num_nodes = meta(5, s, t), meta(s)
+    columns, num_nodes = meta(4, s, t), meta(s)
     slots, long = meta(b, dtype=torch.int64), torch.int64
     store_trees(tree, slots, columns, num_nodes, meta(b, n - 1, dtype=long))
     packed = meta(7 * b + 3 * (b + 1))
     sizes, counts = packed[: 7 * b].view(7, b).split([4, 3])
     rows = meta(3, s * t, dtype=long).unbind(0)
     feed_trees(
-        FedTrees(meta(5, s, t), *meta(4, s).unbind(0), meta(8192, dtype=long)),
+        FedTrees(meta(4, s, t), *meta(4, s).unbind(0), meta(8192, dtype=long)),
         LogitsRows(*rows, meta(s * t)),
         columns,
         num_nodes,

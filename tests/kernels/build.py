@@ -28,7 +28,7 @@ def poison_padding(tree: DraftTree) -> DraftTree:
     """A copy with garbage in the nodes beyond `num_nodes`."""
     size = tree.tokens.shape[1]
     dead = torch.arange(size) >= tree.num_nodes[:, None]
-    names = ("tokens", "parents", "depths", "kinds", "origins")
+    names = ("tokens", "parents", "depths", "kinds")
     columns = {n: getattr(tree, n).masked_fill(dead, POISON) for n in names}
     return replace(tree, **columns)
 
@@ -42,13 +42,13 @@ def poison_table(batch: RequestBatch, block_size: int, ahead: int) -> RequestBat
 
 def random_tree(rng: random.Random, size: int, max_depth: int) -> list[Node]:
     """A tree in which any node may be anyone's child, but for one's own."""
-    nodes = [Node(rng.randrange(100), -1, 0, ROOT, -1)]
+    nodes = [Node(rng.randrange(100), -1, 0, ROOT)]
     while len(nodes) < size:
         parent = rng.randrange(max(0, len(nodes) - 40), len(nodes))
         depth = nodes[parent].depth + 1
         if depth <= max_depth:
             kind = rng.choice([CANDIDATE, WINDOW])
-            nodes.append(Node(rng.randrange(100), parent, depth, kind, -1))
+            nodes.append(Node(rng.randrange(100), parent, depth, kind))
     return nodes
 
 
@@ -58,9 +58,9 @@ def random_trees(
     """One tree of each size, poisoned up to `columns`; size 0 is padding."""
     rng = random.Random(seed)
     trees = [random_tree(rng, max(size, 1), max_depth) for size in sizes]
-    trees.append([Node(0, -1, 0, ROOT, -1)] * columns)
+    trees.append([Node(0, -1, 0, ROOT)] * columns)
     tree = make_tree(trees)
-    names = ("tokens", "parents", "depths", "kinds", "origins")
+    names = ("tokens", "parents", "depths", "kinds")
     kept = {name: getattr(tree, name)[:-1].contiguous() for name in names}
     return poison_padding(replace(tree, **kept, num_nodes=ints(list(sizes))))
 
@@ -90,11 +90,11 @@ class AnySizeTritonOps(TritonOps):
         self,
         pages: BlockPages,
         batch: RequestBatch,
-        chain_length: torch.Tensor,
+        max_candidates: int,
         *bigrams: torch.Tensor | None,
     ) -> DraftTree:
-        self._resize(pages, len(batch.root), chain_length.shape[1])
-        return super().propose(pages, batch, chain_length, *bigrams)
+        self._resize(pages, len(batch.root), max_candidates)
+        return super().propose(pages, batch, max_candidates, *bigrams)
 
     def verify(
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int
@@ -105,9 +105,6 @@ class AnySizeTritonOps(TritonOps):
         return super().verify(tree, sampled, max_emitted)
 
     # The oracle's verdicts are slices.
-    def observe(self, tree: DraftTree, verdict: Verdict, *counts: torch.Tensor) -> None:
-        super().observe(tree, dense(verdict), *counts)
-
     def compact(
         self,
         caches: list[torch.Tensor],

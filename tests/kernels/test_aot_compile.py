@@ -12,7 +12,6 @@ KERNELS = {
     "_tree_kernel",
     "_mask_kernel",
     "_verify_kernel",
-    "_observe_kernel",
     "_compact_kernel",
     "_complete_kernel",
     "_update_kernel",

@@ -70,8 +70,8 @@ def test_pages(lend):
     assert not torch.equal(near.tokens, before.tokens)
     assert_same()
 
-    tree = ORACLE.propose(near, state.batch, state.chain_length)
-    assert_same_trees(tree, ops.propose(far, far_batch, state.chain_length))
+    tree = ORACLE.propose(near, state.batch, state.g)
+    assert_same_trees(tree, ops.propose(far, far_batch, state.g))
     sampled = random_samples(tree, shape.vocab, 0)
     verdict = ORACLE.verify(tree, sampled, shape.n)
     ORACLE.update(near, state.batch, tree, sampled, verdict)

@@ -19,7 +19,7 @@ def state() -> State:
 
 
 def propose(state: State) -> None:
-    AnySizeTritonOps().propose(state.pages, state.batch, state.chain_length)
+    AnySizeTritonOps().propose(state.pages, state.batch, state.g)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,6 @@ def test_pages(state, name, change):
         write_tokens(pages, torch.arange(3), torch.arange(3))
 
 
-def test_chain_length(state):
-    state.chain_length = state.chain_length[:-1]
-    with pytest.raises(ValueError, match="^chain_length is"):
-        propose(state)
-
-
 def test_slots_and_tokens(state):
     with pytest.raises(ValueError, match=r"^slots is torch\.int32"):
         write_tokens(state.pages, torch.arange(3).int(), torch.arange(3))
@@ -71,7 +65,7 @@ def test_slots_and_tokens(state):
 
 
 def test_trees_and_what_is_written(state):
-    tree = ORACLE.propose(state.pages, state.batch, state.chain_length)
+    tree = ORACLE.propose(state.pages, state.batch, state.g)
     b, t = tree.tokens.shape
     verdict = ORACLE.verify(tree, tree.tokens, 4)
     with pytest.raises(ValueError, match=r"^verdict.path is .* strides \(5, 1\)"):

@@ -7,6 +7,8 @@ from tests.kernels.build import POISON, poisoned, random_trees
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.triton_kernels.mask import build_mask
 
+COLUMNS = "tokens", "parents", "depths", "kinds"
+
 
 def unpack(bits: torch.Tensor) -> torch.Tensor:
     """[B, T, WORDS] int32 to [B, T, WORDS * 32] bool."""
@@ -45,8 +47,7 @@ def test_bits_and_positions_of_ragged_trees(sizes, columns, max_depth):
     seen, start = unpack(bits), 0
     for b, size in enumerate(sizes):
         one = DraftTree(
-            *(c[b : b + 1, :size] for c in (tree.tokens, tree.parents, tree.depths)),
-            *(c[b : b + 1, :size] for c in (tree.kinds, tree.origins)),
+            *(getattr(tree, name)[b : b + 1, :size] for name in COLUMNS),
             tree.num_nodes[b : b + 1],
         )
         if size:
@@ -77,8 +78,7 @@ def test_rows_of_a_larger_buffer():
     """A tree's columns may be a slice: rows apart, as the oracle makes them."""
     tree = random_trees([6, 4], 9, 3, seed=2)
     narrow = DraftTree(
-        *(c[:, :6] for c in (tree.tokens, tree.parents, tree.depths)),
-        *(c[:, :6] for c in (tree.kinds, tree.origins)),
+        *(getattr(tree, name)[:, :6] for name in COLUMNS),
         tree.num_nodes,
     )
     bits, *_ = mask_of(narrow, [0, 0], [6, 4], tokens=10)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`TritonOps` against `TorchOps`, on a part of what all implementations do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.core.build import clone_pages
 from tests.core.equivalence import (
     SHAPES,
-    State,
     assert_same_ops,
     assert_same_pages,
     random_state,
@@ -41,7 +42,7 @@ def test_each_op(name):
 def test_steps_one_after_another(name):
     shape = SHAPES[name]
     state = random_state(shape, 100)
-    own = State(clone_pages(state.pages), state.batch, state.chain_length, state.n)
+    own = replace(state, pages=clone_pages(state.pages))
     params = LookaheadParams(shape.w, shape.n, shape.g)
     ops = TritonOps(params, shape.batch + 1, state.pages.tokens.device)
     run_steps(ORACLE, state, shape.vocab, 0)
@@ -55,11 +56,13 @@ def test_results_are_views_of_one_set_of_buffers():
     state = random_state(shape, 0)
     device = state.pages.tokens.device
     ops = TritonOps(LookaheadParams(shape.w, shape.n, shape.g), 8, device)
-    first = ops.propose(state.pages, state.batch, state.chain_length)
-    again = ops.propose(state.pages, state.batch, state.chain_length)
+    first = ops.propose(state.pages, state.batch, state.g)
+    again = ops.propose(state.pages, state.batch, state.g)
     assert first.tokens.data_ptr() == again.tokens.data_ptr()
     with pytest.raises(ValueError, match="max_emitted=7"):
         ops.verify(first, first.tokens, 7)
+    with pytest.raises(ValueError, match="max_candidates=7"):
+        ops.propose(state.pages, state.batch, 7)
 
 
 def test_warming_up_changes_nothing():

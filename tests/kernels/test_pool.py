@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tests.core.build import Row, clone_pages, full_length, ints, make_batch, make_pages
+from tests.core.build import Row, clone_pages, ints, make_batch, make_pages
 from tests.core.equivalence import Shape, assert_same_pages, random_state
 from tests.kernels.build import ORACLE, POISON, poison_table, poisoned
 from vllm_lookahead.core import pool as oracle
@@ -14,23 +14,20 @@ from vllm_lookahead.triton_kernels.pages import write_tokens
 from vllm_lookahead.triton_kernels.pool import LookupScratch, lookup
 
 
-def look_up(pages, batch, chain_length, splits=None):
-    b, g = len(batch.root), chain_length.shape[1]
+def look_up(pages, batch, g, splits=None):
+    b = len(batch.root)
     scratch = LookupScratch.allocate(max(b, splits or 1), g, pages.tokens.device)
     scratch.found.fill_(POISON)
     scratch.count.fill_(POISON)
     candidates = poisoned(b, g, pages.window.shape[1])
-    context = poisoned(b, g)
-    lookup(pages, batch, chain_length, scratch, candidates, context, splits)
-    return candidates, context
+    lookup(pages, batch, scratch, candidates, splits)
+    return candidates
 
 
-def assert_same_lookup(pages, batch, chain_length, splits=None):
-    expected = oracle.lookup(pages, batch, chain_length)
+def assert_same_lookup(pages, batch, g, splits=None):
+    expected = oracle.lookup(pages, batch, g)
     batch = poison_table(batch, pages.block_size, ahead=-1)
-    found = look_up(pages, batch, chain_length, splits)
-    for one, other in zip(expected, found, strict=True):
-        assert torch.equal(one, other)
+    assert torch.equal(look_up(pages, batch, g, splits), expected)
     return expected
 
 
@@ -39,7 +36,7 @@ def test_splits_of_a_ragged_batch(splits):
     """More splits than tiles, and blocks that do not divide among them."""
     shape = Shape(3, 4, 3, batch=3, num_blocks=61, vocab=4, holes=True)
     state = random_state(shape, seed=splits)
-    assert_same_lookup(state.pages, state.batch, state.chain_length, splits)
+    assert_same_lookup(state.pages, state.batch, state.g, splits)
 
 
 @pytest.mark.parametrize("block_size", [16, 1040])
@@ -49,8 +46,7 @@ def test_one_token_repeated(block_size):
     pages.tokens.fill_(3)
     blocks = list(range(len(pages.tokens)))[::-1]
     rows = [Row(blocks, p, 3, g=2) for p in (1, 9, 10, 700, 1100)]
-    _, context = assert_same_lookup(pages, make_batch(rows), full_length(2, 4))
-    assert context[4, 0] == oracle.MAX_CONTEXT
+    assert_same_lookup(pages, make_batch(rows), 2)
 
 
 def test_a_scan_goes_on_behind_its_first_tile():
@@ -59,9 +55,7 @@ def test_a_scan_goes_on_behind_its_first_tile():
     pages.tokens[:] = torch.arange(1600).view(100, 16) + 10
     pages.tokens[:, 5] = 1
     rows = [Row(list(range(100)), 1597, 1, g=30)]
-    candidates, _ = assert_same_lookup(
-        pages, make_batch(rows), full_length(30, 3), splits=1
-    )
+    candidates = assert_same_lookup(pages, make_batch(rows), 30, splits=1)
     assert candidates[0, :, 0].tolist() == [16 * b + 16 for b in range(99, 69, -1)]
 
 
@@ -89,7 +83,7 @@ def test_any_context_to_32k_is_scanned_in_one_round(
     monkeypatch.setattr(pool, "_select_kernel", Launches())
     pages = make_pages(1, block_size, 15, 5)
     row = Row([0] * (most // block_size), 1, 1, w=15, n=5, g=15)
-    look_up(pages, make_batch([row] * requests), full_length(15, 5))
+    look_up(pages, make_batch([row] * requests), 15)
     for context in (1024, 8192, 16384, 32768):
         per_split = -(-context // block_size // scan.grid[1])
         entries = per_split * scan.sizes["ENTRIES"]
@@ -107,7 +101,7 @@ def test_a_long_context(position):
     pages.ring_count.random_(0, 200, generator=draw)
     order = torch.randperm(2056, generator=draw, device=pages.tokens.device)
     row = Row(order.tolist(), position, 7, n=5, g=15)
-    assert_same_lookup(pages, make_batch([row]), full_length(15, 5))
+    assert_same_lookup(pages, make_batch([row]), 15)
 
 
 def matches_of(values: list[int]):
@@ -118,29 +112,29 @@ def matches_of(values: list[int]):
     pages.tokens[:blocks, 5] = 1
     pages.tokens[:blocks, 6] = ints(values)
     row = Row(list(range(blocks + 1)), 16 * blocks + 3, 1, n=2, g=2)
-    return pages, make_batch([row]), full_length(2, 2)
+    return pages, make_batch([row])
 
 
 @pytest.mark.parametrize(("values", "found"), [([7], 7), ([7, 8], EMPTY)])
 def test_how_many_entries_are_ranked(values, found):
     """4G of them; the others may be anything."""
-    pages, batch, chain_length = matches_of([*values, 9, *[8] * 6])
-    candidates, _ = assert_same_lookup(pages, batch, chain_length)
+    pages, batch = matches_of([*values, 9, *[8] * 6])
+    candidates = assert_same_lookup(pages, batch, 2)
     assert candidates.tolist() == [[[8], [9]]]
-    pages, batch, chain_length = matches_of([*values, *[8] * 7])
-    candidates, _ = assert_same_lookup(pages, batch, chain_length)
+    pages, batch = matches_of([*values, *[8] * 7])
+    candidates = assert_same_lookup(pages, batch, 2)
     assert candidates.tolist() == [[[8], [found]]]
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_no_entry_is_in_two_splits(splits):
     """Though a split's last tile reaches into the next: 4G entries are 4G places."""
-    pages, batch, chain_length = matches_of([EMPTY] * 100)
+    pages, batch = matches_of([EMPTY] * 100)
     pages.tokens[:, 5] = 0
     pages.tokens[[0, 40, 42, 45, 48, 60, 70, 80], 5] = 1
     pages.tokens[:, 6] = 8
     pages.tokens[0, 6] = 7
-    candidates, _ = assert_same_lookup(pages, batch, chain_length, splits)
+    candidates = assert_same_lookup(pages, batch, 2, splits)
     assert candidates.tolist() == [[[8], [7]]]
 
 
@@ -158,23 +152,19 @@ def test_no_entry_is_in_two_splits(splits):
 def test_same_as_the_oracle(shape):
     for seed in range(3):
         state = random_state(shape, seed)
-        assert_same_lookup(state.pages, state.batch, state.chain_length)
+        assert_same_lookup(state.pages, state.batch, state.g)
 
 
 def test_no_candidates_wanted():
     state = random_state(Shape(2, 3, 0), seed=0)
-    candidates, context = look_up(state.pages, state.batch, state.chain_length)
-    assert candidates.shape == (3, 0, 2)
-    assert context.shape == (3, 0)
+    assert look_up(state.pages, state.batch, state.g).shape == (3, 0, 2)
 
 
 def test_padding_reads_nothing():
     """Garbage for a block table: as a CUDA graph's padding has it."""
     pages = make_pages(2, 16, 2, 3)
     batch = make_batch([Row([POISON], POISON, POISON, g=0)])
-    candidates, context = look_up(pages, batch, full_length(2, 3))
-    assert (candidates == EMPTY).all()
-    assert (context == EMPTY).all()
+    assert (look_up(pages, batch, 2) == EMPTY).all()
 
 
 @pytest.mark.parametrize("n", [0, 1, 33, 100])
@@ -201,9 +191,7 @@ def test_scratch_too_small():
         lookup(
             state.pages,
             state.batch,
-            state.chain_length,
             scratch,
             ints([[[0] * 2] * 2] * 3),
-            ints([[0] * 2] * 3),
             splits=64,
         )

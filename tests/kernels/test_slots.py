@@ -59,7 +59,7 @@ def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTr
         column(sizes[TREE]),
     )
     window = torch.randint(2, 90, (count, k, w), generator=draw).int()
-    return build_tree(batch, candidates, torch.zeros(count, g).int(), window)
+    return build_tree(batch, candidates, window)
 
 
 def flat_batch(slots_of: list[int], num_tokens: list[int], trees: int) -> Any:
@@ -171,7 +171,7 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
     one = [column([x]) for x in (10, 5, 3, 3, 3, 12)]
     candidates = torch.full((1, 3, 2), -1, dtype=torch.int32)
     window = torch.arange(20, 26).view(1, 2, 3).int()
-    tree = build_tree(RequestBatch(table, *one), candidates, candidates[..., 0], window)
+    tree = build_tree(RequestBatch(table, *one), candidates, window)
     assert tree.num_nodes[0] == 6
     slots, step = TreeSlots(SLOTS, 12, device), TreeStep(SLOTS, 64, params, device)
     slots.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))

@@ -13,7 +13,7 @@ from vllm_lookahead.triton_kernels.tree import build_tree
 
 
 def empty_tree(b: int, t: int) -> DraftTree:
-    return DraftTree(*(poisoned(b, t) for _ in range(5)), poisoned(b))
+    return DraftTree(*(poisoned(b, t) for _ in range(4)), poisoned(b))
 
 
 def random_chains(b: int, g: int, k: int, vocab: int) -> torch.Tensor:
@@ -45,14 +45,13 @@ def test_same_as_the_oracle(shape):
         pages, batch = state.pages, state.batch
         b = shape.batch
         candidates = random_chains(b, shape.g, shape.n - 1, shape.vocab)
-        context = torch.randint(0, 9, (b, shape.g), dtype=torch.int32)
         window = read_window(pages, batch)
-        expected = build_tree_oracle(batch, candidates, context, window)
+        expected = build_tree_oracle(batch, candidates, window)
         tree = empty_tree(b, params.max_tree_size)
         batch = poison_table(batch, pages.block_size, ahead=-1)
-        build_tree(pages, batch, candidates, context, tree)
+        build_tree(pages, batch, candidates, tree)
         assert_same_trees(expected, tree)
-        for name in ("tokens", "parents", "depths", "kinds", "origins"):
+        for name in ("tokens", "parents", "depths", "kinds"):
             assert torch.equal(getattr(expected, name), getattr(tree, name)), name
 
 
@@ -61,7 +60,7 @@ def test_padding_has_no_node_and_reads_nothing():
     row = Row([POISON], POISON, POISON, w=0, g=0, max_nodes=0)
     tree = empty_tree(1, LookaheadParams(3, 4, 2).max_tree_size)
     chains = torch.full((1, 2, 3), -1, dtype=torch.int32)
-    build_tree(pages, make_batch([row]), chains, chains[:, :, 0].contiguous(), tree)
+    build_tree(pages, make_batch([row]), chains, tree)
     assert tree.num_nodes.tolist() == [0]
     assert (tree.tokens == -1).all()
     assert (tree.kinds == ROOT).all()
@@ -73,5 +72,5 @@ def test_the_first_root_has_no_history():
     row = Row([1], 0, 42, w=3, n=4, g=0)
     tree = empty_tree(1, LookaheadParams(3, 4, 0).max_tree_size)
     chains = torch.empty(1, 0, 3, dtype=torch.int32)
-    build_tree(pages, make_batch([row]), chains, chains[:, :, 0].contiguous(), tree)
+    build_tree(pages, make_batch([row]), chains, tree)
     assert tree.tokens.tolist() == [[42] * 9]

@@ -14,7 +14,7 @@ from tests.core.equivalence import (
 from tests.kernels.build import ORACLE, POISON, poison_padding, poisoned, random_trees
 from vllm_lookahead.core.tree import CANDIDATE, ROOT
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.triton_kernels.verify import observe, verify
+from vllm_lookahead.triton_kernels.verify import verify
 
 
 def empty_verdict(b: int, n: int) -> Verdict:
@@ -35,7 +35,7 @@ def empty_verdict(b: int, n: int) -> Verdict:
 )
 def test_same_as_the_oracle(shape, dtype):
     state = random_state(shape, seed=1)
-    tree = ORACLE.propose(state.pages, state.batch, state.chain_length)
+    tree = ORACLE.propose(state.pages, state.batch, state.g)
     for seed in range(4):
         sampled = random_samples(tree, shape.vocab, seed).to(dtype)
         expected = ORACLE.verify(tree, sampled, shape.n)
@@ -43,17 +43,11 @@ def test_same_as_the_oracle(shape, dtype):
         verify(poison_padding(tree), sampled, verdict)
         assert_same_verdicts(verdict, expected)
 
-        origins = 9 * shape.g
-        counts = torch.ones(4, origins, shape.n - 1, dtype=torch.float64)
-        ORACLE.observe(tree, verdict, counts[0], counts[1])
-        observe(poison_padding(tree), verdict, counts[2], counts[3])
-        assert torch.equal(counts[:2], counts[2:])
-
 
 def test_a_chain_accepted_to_its_end():
     """N tokens, the last of them the bonus token after the last candidate."""
-    chain = [Node(7, -1, 0, ROOT, -1)]
-    chain += [Node(7 + i, i - 1, i, CANDIDATE, 0) for i in range(1, 5)]
+    chain = [Node(7, -1, 0, ROOT)]
+    chain += [Node(7 + i, i - 1, i, CANDIDATE) for i in range(1, 5)]
     verdict = empty_verdict(1, 5)
     sampled = torch.tensor([[8, 9, 10, 11, 12]])
     verify(make_tree([chain]), sampled, verdict)

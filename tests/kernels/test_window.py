@@ -43,7 +43,7 @@ def test_same_as_the_oracle(shape, dtype):
     """Emitted tokens cross blocks; rings turn over; windows are cut or absent."""
     for seed in range(3):
         state = random_state(shape, seed)
-        tree = ORACLE.propose(state.pages, state.batch, state.chain_length)
+        tree = ORACLE.propose(state.pages, state.batch, state.g)
         sampled = random_samples(tree, shape.vocab, seed).to(dtype)
         verdict = dense(ORACLE.verify(tree, sampled, shape.n))
         expected = clone_pages(state.pages)
@@ -57,7 +57,7 @@ def test_same_as_the_oracle(shape, dtype):
 
 def test_a_window_that_was_cut_is_kept():
     state = random_state(Shape(4, 4, 2, batch=2, same_sizes=True), seed=0)
-    tree = ORACLE.propose(state.pages, state.batch, state.chain_length)
+    tree = ORACLE.propose(state.pages, state.batch, state.g)
     cut = replace(tree, num_nodes=tree.num_nodes - 1)
     last = torch.arange(tree.tokens.shape[1]) == cut.num_nodes[:, None]
     cut.kinds[last & (cut.kinds == WINDOW)] = 0
@@ -72,7 +72,7 @@ def test_a_window_that_was_cut_is_kept():
 def test_padding_writes_nothing():
     pages = make_pages(2, 16, 3, 4)
     before = clone_pages(pages)
-    tree = make_tree([[]] * 2 + [[(1, -1, 0, 0, -1)] * 9])
+    tree = make_tree([[]] * 2 + [[(1, -1, 0, 0)] * 9])
     tree = replace(tree, num_nodes=torch.zeros(3, dtype=torch.int32))
     batch = make_batch([Row([POISON], POISON, POISON, w=POISON)] * 3)
     update(pages, batch, tree, poisoned(3, 9), empty_verdict(3, 4))

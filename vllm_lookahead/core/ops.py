@@ -4,12 +4,10 @@
 An engine calls them in this order, for all requests of the step at once:
 
     write_tokens   tokens whose K/V the step computes for good (prompts, roots)
-    propose        look up the pool, ask the model's bigrams where it has nothing (by
-                   the sampler's noise, if `draws` tell), read the window, build the
-                   trees
+    propose        look up the pool, ask the model's bigrams where it has nothing, read
+                   the window, build the trees
     (forward pass over the trees; sample at the root and the candidates)
     verify         walk the trees
-    observe        count what was accepted, where anyone wants to know
     compact        move the accepted K/V into place
     update         record the output, harvest and slide the window
 """
@@ -21,7 +19,8 @@ import torch
 from vllm_lookahead.core import pages as pages_lib
 from vllm_lookahead.core import verify as verify_lib
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import Draws, complete
+from vllm_lookahead.core.best_first import grow
+from vllm_lookahead.core.bigrams import complete
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.pool import lookup
 from vllm_lookahead.core.tree import DraftTree, build_tree
@@ -40,22 +39,13 @@ class LookaheadOps(Protocol):
         self,
         pages: BlockPages,
         batch: RequestBatch,
-        chain_length: torch.Tensor,
+        max_candidates: int,
         bigrams: torch.Tensor | None = None,
-        draws: Draws | None = None,
     ) -> DraftTree: ...
 
     def verify(
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int
     ) -> Verdict: ...
-
-    def observe(
-        self,
-        tree: DraftTree,
-        verdict: Verdict,
-        trials: torch.Tensor,
-        hits: torch.Tensor,
-    ) -> None: ...
 
     def compact(
         self,
@@ -79,23 +69,20 @@ class TorchOps:
     """`LookaheadOps` in PyTorch: the oracle of the kernels."""
 
     write_tokens = staticmethod(pages_lib.write_tokens)
+    grow = staticmethod(grow)
     verify = staticmethod(verify_lib.verify)
-    observe = staticmethod(verify_lib.observe)
 
     @staticmethod
     def propose(
         pages: BlockPages,
         batch: RequestBatch,
-        chain_length: torch.Tensor,
+        max_candidates: int,
         bigrams: torch.Tensor | None = None,
-        draws: Draws | None = None,
     ) -> DraftTree:
-        candidates, context = lookup(pages, batch, chain_length)
+        candidates = lookup(pages, batch, max_candidates)
         if bigrams is not None:
-            candidates, context = complete(
-                candidates, context, batch, chain_length, bigrams, draws
-            )
-        return build_tree(batch, candidates, context, read_window(pages, batch))
+            candidates = complete(candidates, batch, bigrams)
+        return build_tree(batch, candidates, read_window(pages, batch))
 
     @staticmethod
     def compact(

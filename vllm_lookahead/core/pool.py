@@ -15,27 +15,20 @@ from vllm_lookahead.core.pages import EMPTY, BlockPages
 
 # Tokens before the key that are compared; a ring entry stores one.
 MAX_CONTEXT = 8
-# Rows of a table by origin of a chain: that agreement, and last, none at all.
-BIGRAM, NUM_ORIGINS = MAX_CONTEXT + 1, MAX_CONTEXT + 2
 # Entries looked at per candidate wanted: many continue the same way.
 ENTRIES_PER_CANDIDATE = 4
 
 
-def lookup(
-    pages: BlockPages, batch: RequestBatch, chain_length: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def lookup(pages: BlockPages, batch: RequestBatch, max_candidates: int) -> torch.Tensor:
     """The best distinct continuations of each request's root.
 
     Args:
         pages: the pool; its N bounds the length of a chain.
         batch: B requests; blocks up to that of position p-1 are read.
-        chain_length: [NUM_ORIGINS, G] int32, most tokens worth drafting from the
-            chain of that agreement and rank.
+        max_candidates: G of the result.
 
     Returns:
-        candidates: [B, G, N-1] int32, best first, EMPTY beyond a chain's end.
-        context: [B, G] int32, tokens before the key that agree, at most
-            MAX_CONTEXT; EMPTY where there is no candidate.
+        [B, G, N-1] int32, best first, EMPTY beyond a chain's end.
     """
     b, num_blocks = batch.block_table.shape
     block_size, num_values = pages.block_size, pages.window.shape[1]
@@ -77,7 +70,6 @@ def lookup(
         score_ring = (context_ring * num_entries + age).where(found, -1)
         score = torch.cat([score, score_ring], 1)
 
-    max_candidates = chain_length.shape[1]
     count = min(max_candidates * ENTRIES_PER_CANDIDATE, score.shape[1])
     best, entry = score.topk(count)
     ahead = torch.arange(num_values, device=table.device)
@@ -92,23 +84,14 @@ def lookup(
     values = values.masked_fill((best < 0)[..., None] | too_long, EMPTY)
     # A chain ends at the first token that is not known.
     values = values.where((values != EMPTY).cumprod(-1).bool(), EMPTY)
-    context = best.div(num_entries, rounding_mode="floor").int()
-    chains, context = _distinct(
-        values, context, batch.verification_set_size, max_candidates
-    )
-    rank = torch.arange(max_candidates, device=table.device)
-    length = chain_length[context.clamp(min=0).long(), rank]  # [B, G]
-    return chains.masked_fill(ahead >= length[..., None], EMPTY), context
+    return _distinct(values, batch.verification_set_size, max_candidates)
 
 
-def _distinct(
-    chains: torch.Tensor, context: torch.Tensor, wanted: torch.Tensor, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _distinct(chains: torch.Tensor, wanted: torch.Tensor, columns: int) -> torch.Tensor:
     """The first `wanted[b]` chains that are no prefix of an earlier one.
 
     Args:
         chains: [B, n, K] int32, best first, EMPTY beyond a chain's end.
-        context: [B, n] int32, carried along.
         wanted: [B] int32.
         columns: G, columns of the result.
     """
@@ -120,5 +103,4 @@ def _distinct(
     at = rank.where(new & (rank < wanted[:, None]), columns)  # one spare column
     out = chains.new_full((b, columns + 1, k), EMPTY)
     out.scatter_(1, at[..., None].expand(chains.shape), chains)
-    out_context = context.new_full((b, columns + 1), EMPTY).scatter_(1, at, context)
-    return out[:, :columns], out_context[:, :columns]
+    return out[:, :columns]

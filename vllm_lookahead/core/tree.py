@@ -9,6 +9,7 @@ it sees the context, its ancestors and itself.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import EMPTY
@@ -27,8 +28,6 @@ class DraftTree:
         depths: [B, T] int32, distance from the root.
         kinds: [B, T] int32, ROOT, CANDIDATE or WINDOW. Only candidates are
             verified; any source of drafts may add them.
-        origins: [B, T] int32, for a candidate the rank and agreement of the chain it
-            comes from, as context * G + rank; EMPTY for other nodes.
         num_nodes: [B] int32.
     """
 
@@ -36,7 +35,6 @@ class DraftTree:
     parents: torch.Tensor
     depths: torch.Tensor
     kinds: torch.Tensor
-    origins: torch.Tensor
     num_nodes: torch.Tensor
 
     def ancestors(self) -> torch.Tensor:
@@ -84,7 +82,6 @@ def merge_candidates(candidates: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def build_tree(
     batch: RequestBatch,
     candidates: torch.Tensor,
-    context: torch.Tensor,
     window: torch.Tensor,
 ) -> DraftTree:
     """Root, merged candidates, then the Jacobi window (paper, figure 2).
@@ -92,7 +89,6 @@ def build_tree(
     Args:
         batch: B requests.
         candidates: [B, G, N-1] int32 chains from the pool, best first.
-        context: [B, G] int32, how far each agreed with the request's suffix.
         window: [B, N-1, W] int32, rows R0..R_{N-2}; (0, 0) is the root's place.
 
     Returns:
@@ -109,7 +105,7 @@ def build_tree(
         return torch.full((b, size + 1), fill, dtype=torch.int32, device=device)
 
     tokens, parents, depths = column(EMPTY), column(EMPTY), column(0)
-    kinds, origins = column(ROOT), column(EMPTY)
+    kinds = column(ROOT)
     tokens[:, 0] = batch.root
 
     node, parent, is_first = merge_candidates(candidates)
@@ -120,27 +116,40 @@ def build_tree(
     parents.scatter_(1, at, parent.int().view(b, -1))
     depths.scatter_(1, at, depth.expand(b, g, k).reshape(b, -1))
     kinds.scatter_(1, at, CANDIDATE)
-    origin = context * g + torch.arange(g, device=device)
-    origins.scatter_(1, at, origin.int()[..., None].expand(b, g, k).reshape(b, -1))
     num_nodes = 1 + exists.view(b, -1).sum(1)
+    columns = [c[:, :size] for c in (tokens, parents, depths, kinds)]
+    return add_window(batch, DraftTree(*[*columns, num_nodes.int()]), window)
 
-    if num_window:
-        cell, row, col, valid = window_cells(batch, k, w)
-        valid &= (num_nodes + valid.sum(1) <= batch.max_nodes)[:, None]
-        offset = num_nodes[:, None] - 1  # cell c >= 1 is node offset + c
-        at = (offset + cell).where(valid, size)
-        # Row 0 runs along the columns, the other rows down from the row above.
-        above = torch.where(row == 0, cell - 1, cell - batch.window_size[:, None])
-        parent = torch.where(above == 0, 0, offset + above)
-        value = window.view(b, -1).gather(1, (row * w + col).clamp(max=k * w - 1))
-        tokens.scatter_(1, at, value)
-        parents.scatter_(1, at, parent.int())
-        depths.scatter_(1, at, (row + col).int())
-        kinds.scatter_(1, at, WINDOW)
-        num_nodes = num_nodes + valid.sum(1)
 
-    columns = [c[:, :size] for c in (tokens, parents, depths, kinds, origins)]
-    return DraftTree(*[*columns, num_nodes.int()])
+def add_window(batch: RequestBatch, tree: DraftTree, window: torch.Tensor) -> DraftTree:
+    """The tree with the window behind its candidates, where it fits whole.
+
+    Args:
+        batch: B requests.
+        tree: with room for the window in its padding.
+        window: [B, N-1, W] int32, as in `build_tree`.
+    """
+    b, k, w = window.shape
+    if w * k < 2:
+        return tree
+    size = tree.tokens.shape[1]
+    named = tree.tokens, tree.parents, tree.depths, tree.kinds
+    # One spare column takes what does not exist.
+    columns = [F.pad(column, (0, 1)) for column in named]
+    cell, row, col, valid = window_cells(batch, k, w)
+    valid &= (tree.num_nodes + valid.sum(1) <= batch.max_nodes)[:, None]
+    offset = tree.num_nodes[:, None] - 1  # cell c >= 1 is node offset + c
+    at = (offset + cell).where(valid, size)
+    # Row 0 runs along the columns, the other rows down from the row above.
+    above = torch.where(row == 0, cell - 1, cell - batch.window_size[:, None])
+    parent = torch.where(above == 0, 0, offset + above)
+    value = window.view(b, -1).gather(1, (row * w + col).clamp(max=k * w - 1))
+    columns[0].scatter_(1, at, value)
+    columns[1].scatter_(1, at, parent.int())
+    columns[2].scatter_(1, at, (row + col).int())
+    columns[3].scatter_(1, at, WINDOW)
+    num_nodes = (tree.num_nodes + valid.sum(1)).int()
+    return DraftTree(*[*(column[:, :size] for column in columns), num_nodes])
 
 
 def window_cells(

@@ -93,23 +93,3 @@ def move_slots(
     for cache in caches:
         size = cache.shape[1]
         cache[dst // size, dst % size] = cache[src // size, src % size]
-
-
-def observe(
-    tree: DraftTree, verdict: Verdict, trials: torch.Tensor, hits: torch.Tensor
-) -> None:
-    """Count which candidates were accepted, by where they came from.
-
-    Args:
-        tree: as fed.
-        verdict: of the tree.
-        trials: [NUM_ORIGINS * G, N-1] float64, candidate nodes verified, by origin
-            and depth - 1; added to.
-        hits: like `trials`, those accepted; added to.
-    """
-    counted = (tree.kinds == CANDIDATE) & (tree.origins >= 0)
-    node = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
-    accepted = (node == verdict.path[..., None]).any(1)[counted]
-    cell = tree.origins[counted].long() * trials.shape[1] + tree.depths[counted] - 1
-    trials.view(-1).index_add_(0, cell, torch.ones_like(cell, dtype=trials.dtype))
-    hits.view(-1).index_add_(0, cell, accepted.to(hits.dtype))

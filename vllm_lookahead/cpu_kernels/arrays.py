@@ -5,13 +5,14 @@ A kernel is compiled for each combination of argument types that it meets, so
 every one is pinned to a dtype and to C order.
 """
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import Draws
+from vllm_lookahead.core.best_first import Hints
 from vllm_lookahead.core.pages import BlockPages
 
 # Pages live as long as the engine, and a view costs 1 us to make.
@@ -56,13 +57,21 @@ def batch_arrays(batch: RequestBatch) -> list[np.ndarray]:
     return [array(column, torch.int32) for column in columns]
 
 
-def draws_arrays(draws: Draws | None) -> list[np.ndarray]:
-    """Empty without draws."""
-    if draws is None:
-        no_rows = np.empty((0, 0), np.int64), np.empty(0, np.float32)
-        return [*no_rows, np.empty((0, 0), np.float32)]
+def hints_arrays(hints: Hints) -> list[Any]:
+    """The last two: logits as the upper bits of float32, and how far these are up."""
+    rejected, logits = hints.rejected, hints.rejected.logits
+    if logits.dtype == torch.bfloat16:
+        answers, shift = logits.contiguous().view(torch.int16).numpy(), 16
+    else:
+        answers, shift = logits.float().contiguous().view(torch.int32).numpy(), 0
     return [
-        array(draws.seeds, torch.int64),
-        array(draws.temperature, torch.float32),
-        array(draws.logits, torch.float32),
+        array(hints.bigrams, torch.int32),
+        array(hints.bigram_logits, torch.float32),
+        array(hints.temperature, torch.float32),
+        array(hints.seeds, torch.int64),
+        array(rejected.tokens, torch.int32),
+        array(rejected.depths, torch.int32),
+        array(rejected.rows, torch.int64),
+        answers.view(f"uint{answers.itemsize * 8}"),
+        shift,
     ]

@@ -149,7 +149,8 @@ def lay_out(
         np.empty(total + num_requests, np.int64),
         np.empty((num_trees, size), np.int64),
         np.empty(total, np.bool_),
-        np.empty((3, num_trees * size), np.int64),
+        # A column more than is used: kernels are compiled by layout.
+        np.empty((3, num_trees * size + 1), np.int64),
         np.empty(num_trees, np.int64),
         np.empty(num_trees, np.bool_),
     )
@@ -168,3 +169,37 @@ def lay_out(
     flat.logits_indices = flat.logits_indices[:num_logits]
     flat.fed = flat.fed[:, :num_fed]
     return flat
+
+
+@kernel
+def feed_trees(
+    fed,  # [3, nodes] int64, as in FlatTrees
+    start,  # [b + 1] int64
+    position,  # [b] int32
+    block_table,  # [b, max_blocks] int32
+    block_size,
+    tokens,  # [nodes or more] int32 out
+    rope_positions,  # [nodes or more] int64 out
+    slots,  # [nodes or more] int64 out
+    query_start,  # [b + 1 or more] int32 out, all of it
+    seq_lens,  # [b or more] int32 out, all of it
+    upper_bounds,  # of seq_lens, the same
+):
+    """Inputs of a step that feeds these trees and nothing else.
+
+    Returns the slots of the roots: [b] int64.
+    """
+    num_trees, num_nodes = position.shape[0], fed.shape[1]
+    tokens[:num_nodes], rope_positions[:num_nodes] = fed[1], fed[2]
+    query_start[:] = num_nodes
+    query_start[:num_trees] = start[:num_trees]
+    seq_lens[:] = 0
+    for b in range(num_trees):
+        nodes = start[b + 1] - start[b]
+        seq_lens[b] = position[b] + nodes
+        for node in range(nodes):
+            at = position[b] + node
+            block = np.int64(block_table[b, at // block_size])
+            slots[start[b] + node] = block * block_size + at % block_size
+    upper_bounds[:] = seq_lens
+    return slots[start[:num_trees]]

@@ -7,27 +7,26 @@ import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.best_first import Hints, Rejected
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.pool import NUM_ORIGINS
 from vllm_lookahead.cpu_kernels import attention as attention_lib
+from vllm_lookahead.cpu_kernels import best_first
 from vllm_lookahead.cpu_kernels import mask as mask_lib
-from vllm_lookahead.cpu_kernels import propose as propose_lib
 from vllm_lookahead.cpu_kernels import update as update_lib
 from vllm_lookahead.cpu_kernels import verify as verify_lib
-from vllm_lookahead.cpu_kernels.layout import ROW, lay_out, size_trees
+from vllm_lookahead.cpu_kernels.layout import ROW, feed_trees, lay_out, size_trees
 from vllm_lookahead.cpu_kernels.walk import Walk
 from vllm_lookahead.params import LookaheadParams
 
 
 class NumbaOps:
-    """`LookaheadOps` on CPU tensors, with the results of `TorchOps`."""
+    """On CPU tensors, with the results of `TorchOps`. Trees are grown best first."""
 
     write_tokens = staticmethod(update_lib.write_tokens)
-    propose = staticmethod(propose_lib.propose)
+    grow = staticmethod(best_first.grow)
     ancestors = staticmethod(mask_lib.ancestors)
     verify = staticmethod(verify_lib.verify)
     compact = staticmethod(verify_lib.compact)
-    observe = staticmethod(verify_lib.observe)
     update = staticmethod(update_lib.update)
 
 
@@ -44,11 +43,6 @@ def warm_up(
     """
     ops = NumbaOps()
     pages = BlockPages.allocate(1, block_size, params)
-    chain_length = torch.full(
-        (NUM_ORIGINS, params.verification_set_size),
-        params.ngram_size - 1,
-        dtype=torch.int32,
-    )
 
     def one(value: int) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.int32)
@@ -63,7 +57,16 @@ def warm_up(
         max_nodes=one(params.max_tree_size),
     )
     ops.write_tokens(pages, torch.tensor([0, 1]), torch.tensor([0, 0]))
-    tree = ops.propose(pages, batch, chain_length)
+    hints = Hints(
+        bigrams=one(0)[:0, None],
+        bigram_logits=torch.zeros(0, 0),
+        temperature=torch.zeros(1),
+        seeds=torch.zeros(1, params.ngram_size - 1, dtype=torch.int64),
+        rejected=Rejected.none(1),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        hints.rejected.logits = torch.zeros(0, 0, dtype=dtype)
+        tree, _ = ops.grow(pages, batch, hints, 0.5)
     tree_rows = attention_lib.TreeRows(
         np.zeros(1, np.int64),
         tree.num_nodes.numpy(),
@@ -81,9 +84,6 @@ def warm_up(
     ops.compact([], batch, verdict, block_size)
     slot = np.zeros((2, 1), np.int64)
     verify_lib.move_slots(caches, *slot)
-    shape = (NUM_ORIGINS * params.verification_set_size, params.ngram_size - 1)
-    trials = torch.zeros(shape, dtype=torch.float64)
-    ops.observe(tree, verdict, trials, trials.clone())
     ops.update(pages, batch, tree, tree.tokens, verdict)
     own = params.window_size, params.ngram_size, params.verification_set_size
     requests = np.array([(0, params.ngram_size, 1, *own)])
@@ -91,3 +91,10 @@ def warm_up(
     rows = requests[:, ROW].copy()
     flat = lay_out(tree, batch, rows, np.ones(1, np.int64), block_size)
     Walk(tree, rows, flat, params.ngram_size).advance(np.zeros(1, np.int64))
+    longs = [np.empty(size, np.int64) for _ in range(2)]
+    ints = [np.empty(size + 1, np.int32) for _ in range(4)]
+    table = batch.block_table.numpy()
+    feed_trees(
+        flat.fed, flat.start, batch.position.numpy(), table, size, ints[0], *longs,
+        *ints[1:],
+    )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walk the trees, find the K/V to move, count what was accepted."""
+"""Walk the trees, find the K/V to move."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.cpu_kernels.arrays import array, output_array
+from vllm_lookahead.cpu_kernels.arrays import array
 from vllm_lookahead.cpu_kernels.jit import kernel
 
 # What a value of that many bytes is moved as; numpy has no bfloat16.
@@ -134,35 +134,3 @@ def move_slots(
         while cache.ndim < 4:
             cache = cache[..., None]
         _move_kernel(cache.view(_BITS[cache.element_size()]).numpy(), src, dst)
-
-
-@kernel
-def _observe_kernel(
-    depths,  # [B, T] int32
-    kinds,  # [B, T] int32
-    origins,  # [B, T] int32
-    path,  # [B, N] int32
-    trials,  # [num_origins, N-1] float64, added to
-    hits,  # [num_origins, N-1] float64, added to
-):
-    for b in range(kinds.shape[0]):
-        for node in range(1, kinds.shape[1]):
-            origin, depth = origins[b, node], depths[b, node]
-            if kinds[b, node] == CANDIDATE and origin >= 0:
-                trials[origin, depth - 1] += 1
-                if path[b, depth] == node:
-                    hits[origin, depth - 1] += 1
-
-
-def observe(
-    tree: DraftTree, verdict: Verdict, trials: torch.Tensor, hits: torch.Tensor
-) -> None:
-    """`core.verify.observe`."""
-    _observe_kernel(
-        array(tree.depths, torch.int32),
-        array(tree.kinds, torch.int32),
-        array(tree.origins, torch.int32),
-        array(verdict.path, torch.int32),
-        output_array(trials, torch.float64),
-        output_array(hits, torch.float64),
-    )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -58,11 +59,24 @@ class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class ChainAttentionImpl(CPUAttentionBackendImpl):
-    """vLLM's, but for the question that `engine.bigrams` asks."""
+    """vLLM's, in one call per layer, and for the question that `engine.bigrams` asks.
+
+    The views of a layer's cache are made once.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_type != AttentionType.DECODER:
+            raise ValueError(
+                f"attention of the type {self.attn_type!r} is not supported by "
+                "lookahead: start without it"
+            )
+        self._cache: torch.Tensor | None = None
+        self._halves: tuple[torch.Tensor, ...] = ()
 
     def forward(
         self,
-        layer: AttentionLayer,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -73,9 +87,61 @@ class ChainAttentionImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if isinstance(attn_metadata, LoneTokens):
             return attn_metadata.attend(query, key, value, output, self.scale)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, **scales
+        if attn_metadata is not None:
+            self._write(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+        if attn_metadata is None or self.sinks is not None:  # which it converts
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, **scales
+            )
+        keys, values = self._halves
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=keys,
+            value_cache=values,
+            output=output,
+            query_start_loc=attn_metadata.query_start_loc,
+            seq_lens=attn_metadata.seq_lens,
+            scale=self.scale,
+            causal=attn_metadata.causal,
+            alibi_slopes=self.alibi_slopes,
+            sliding_window=self.sliding_window,
+            block_table=attn_metadata.block_table,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=attn_metadata.scheduler_metadata,
+            s_aux=None,
+            dynamic_causal=attn_metadata.dynamic_causal,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
+        return output
+
+    def _write(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """K and V of the step's tokens into the layer's cache."""
+        if self._cache is not kv_cache:
+            num_blocks, heads, block_size, _ = kv_cache.shape
+            halves = kv_cache.view(num_blocks, heads, 2 * block_size, -1)
+            self._cache, self._halves = kv_cache, halves.chunk(2, dim=2)
+        if self.kv_sharing_target_layer_name is None:
+            keys, values = self._halves
+            ops.cpu_attn_reshape_and_cache(
+                key,
+                value,
+                keys,
+                values,
+                slots,
+                layer.isa,
+                k_scale=layer._k_scale_float,
+                v_scale=layer._v_scale_float,
+                kv_cache_dtype=self.kv_cache_dtype,
+            )
 
 
 class TreeAttentionImpl(ChainAttentionImpl):
@@ -89,7 +155,7 @@ class TreeAttentionImpl(ChainAttentionImpl):
 
     def forward(
         self,
-        layer: AttentionLayer,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -98,13 +164,14 @@ class TreeAttentionImpl(ChainAttentionImpl):
         output: torch.Tensor,
         **scales: Any,
     ) -> torch.Tensor:
-        trees = None
-        if isinstance(attn_metadata, TreeAttentionMetadata):
-            trees = attn_metadata.trees
+        given = layer, query, key, value, kv_cache, attn_metadata, output
+        if not isinstance(attn_metadata, TreeAttentionMetadata):
+            return super().forward(*given, **scales)
+        trees = attn_metadata.trees
         if trees is None or not trees.covers_batch:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, **scales
-            )
+            super().forward(*given, **scales)
+        else:
+            self._write(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         if trees is not None:
             self._attend_trees(layer, query, kv_cache, trees, output.view(query.shape))
         return output
@@ -135,12 +202,14 @@ class TreeAttentionImpl(ChainAttentionImpl):
 class ChainAttentionBackend(CPUAttentionBackend):
     """Where every tree is a chain: any packing of K/V will do."""
 
+    forward_includes_kv_cache_update = True
+
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         return ChainAttentionImpl
 
 
-class TreeAttentionBackend(CPUAttentionBackend):
+class TreeAttentionBackend(ChainAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         return TreeAttentionImpl

@@ -22,7 +22,7 @@ from vllm.v1.core.sched.output import (
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_lookahead.core.draft_length import DraftLengthPolicy
+from vllm_lookahead.core.draft_size import DraftSizePolicy
 from vllm_lookahead.core.pages import EMPTY, BlockPages, page_bytes
 from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.engine.bigrams import ask_model
@@ -44,10 +44,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         params: the server's sizes.
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
-        bigrams: [V, R] int32, see `core.bigrams`; None before the model was asked.
+        bigrams: [V, R] int32, see `core.bigrams`; V is 0 before the model was asked.
         bigram_logits: [V, R] float32 of them.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
+        last_step: those of the step before.
+        feeds_alone: whether a step of trees alone needs nothing of vLLM's inputs.
     """
 
     def __init__(
@@ -64,13 +66,15 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.is_scheduled_ahead = is_scheduled_ahead
         self.ops = NumbaOps()
         self.pages: BlockPages
-        self.bigrams: torch.Tensor | None = None
-        self.bigram_logits: torch.Tensor | None = None
+        self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
+        self.bigram_logits = torch.zeros(0, 0)
         self.slot_views: list[torch.Tensor] = []
         self.step: TreeStep | None = None
+        self.last_step: TreeStep | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
+        self.feeds_alone = False
         self.request_params: dict[str, LookaheadParams] = {}
-        self.policy = DraftLengthPolicy(params)
+        self.policy = DraftSizePolicy()
         self.step_start = time.perf_counter()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +93,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        block_size = self.input_batch.block_table[0].block_size
+        block_tables = self.input_batch.block_table.block_tables
+        block_size = block_tables[0].block_size
+        shared = all(t.slot_mapping.gpu is t.slot_mapping.cpu for t in block_tables)
+        plain = not (self.lora_config or self.enable_prompt_embeds)
+        one_group = len(self.attn_groups) == len(self.attn_groups[0]) == 1
+        self.feeds_alone = one_group and shared and plain
         self.pages = BlockPages.allocate(
             kv_cache_config.num_blocks, block_size, self.params
         )
@@ -158,15 +167,19 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         return replace(cached, num_computed_tokens=num_computed_tokens)
 
     def _start_step(self) -> None:
-        now = time.perf_counter()
-        if self.step is not None and self.step.only_decodes:
+        now, last = time.perf_counter(), self.step
+        if last is not None and last.verdict is not None and last.only_decodes:
             has_learned = self.policy.observe_step(
-                now - self.step_start, self.step.num_tokens, self.step.num_emitted
+                now - self.step_start,
+                last.num_requests,
+                last.num_tokens,
+                int(last.verdict.num_emitted.sum()),
+                last.promised,
             )
             if has_learned and get_tp_group().world_size > 1:
                 # Every rank must draft the same, and each has a clock of its own.
-                get_tp_group().broadcast(self.policy.chain_length)
-        self.step, self.step_start = None, now
+                get_tp_group().broadcast(self.policy.least)
+        self.last_step, self.step, self.step_start = last, None, now
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
@@ -181,11 +194,25 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             self.step = TreeStep.propose(self, scheduler_output)
         return result
 
+    def _lone_step(self) -> TreeStep | None:
+        """`step`, if it makes all inputs itself."""
+        step = self.step
+        if step is None or step.verdict is not None:
+            return None
+        return step if self.feeds_alone and step.only_decodes else None
+
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         total = scheduler_output.total_num_scheduled_tokens
+        if step := self._lone_step():
+            slots = step.feed_alone(self)
+            self.ops.write_tokens(self.pages, slots, step.batch.root)
+            rows = step.flat.logits_indices
+            # A slice makes no copy of the hidden states.
+            every = len(rows) == total
+            return slice(total) if every else torch.from_numpy(rows), None, 1
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         slots = self.input_batch.block_table[0].slot_mapping.cpu[:total]
         if self.step is None:
             self.ops.write_tokens(self.pages, slots, self._tokens(total))
@@ -207,7 +234,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         return tokens.where(self.is_token_ids.cpu[:total], EMPTY)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        if step := self._lone_step():
+            (group,) = self.attn_groups[0]
+            shared = group.build_metadata(step.attention_inputs(self))
+            metadata, common = dict.fromkeys(group.layer_names, shared), None
+        else:
+            metadata, common = super()._build_attention_metadata(*args, **kwargs)
         if self.step is not None and self.params.can_branch:
             trees = self.step.tree_rows(self)
             for layer in metadata.values():
@@ -229,8 +261,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         if self.slot_views:
             self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
         self.ops.update(self.pages, batch, tree, sampled, verdict)
-        self.ops.observe(tree, verdict, self.policy.trials, self.policy.hits)
-        self.step.num_emitted = int(verdict.num_emitted.sum())
+        self.step.finish(logits, verdict)
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:

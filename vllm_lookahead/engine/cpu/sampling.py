@@ -21,7 +21,6 @@ from vllm.v1.sample.logits_processor.builtin import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_lookahead.core.bigrams import Draws
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.cpu_kernels.walk import Walk
@@ -70,7 +69,9 @@ def sample_along_trees(
     return SamplerOutput(tokens, logprobs), sampled, walk.verdict()
 
 
-def upcoming_draws(runner: "LookaheadCPUModelRunner", rows: np.ndarray) -> Draws | None:
+def upcoming_noise(
+    runner: "LookaheadCPUModelRunner", rows: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `TopKTopPSampler.forward_cpu` will key its noise by, if nothing intervenes.
 
     A request with a seed draws from its own generator. Others share one with the
@@ -82,25 +83,29 @@ def upcoming_draws(runner: "LookaheadCPUModelRunner", rows: np.ndarray) -> Draws
         rows: [b] int64, requests of the batch.
 
     Returns:
-        None if there is no noise, or none that can be known.
+        temperature: [b] float32; 0 where there is no noise, or none that can be known.
+        seeds: [b, N-1] int64.
     """
     metadata = runner.input_batch.sampling_metadata
     sampler = runner.sampler.topk_topp_sampler
+    depths, num_requests = runner.params.ngram_size - 1, runner.input_batch.num_reqs
+    seeds = torch.zeros(len(rows), depths, dtype=torch.int64)
     if (
         metadata.all_greedy
-        or runner.bigram_logits is None
         or sampler.forward.__name__ != "forward_cpu"
         or getattr(sampler, "use_fp64_gumbel", True)  # by that name in vLLM 0.32
     ):
-        return None
-    depths, num_requests = runner.params.ngram_size - 1, runner.input_batch.num_reqs
-    shared = torch.default_generator.clone_state()
-    seeds = torch.randint(_SEEDS, (depths, num_requests), generator=shared).T[rows]
+        return torch.zeros(len(rows)), seeds
+    generators = metadata.generators
+    if len(generators) < num_requests:
+        shared = torch.default_generator.clone_state()
+        all_rows = torch.randint(_SEEDS, (depths, num_requests), generator=shared)
+        seeds = all_rows.T[rows]
     for b, i in enumerate(rows.tolist()):
-        if i in metadata.generators:
-            own = metadata.generators[i].clone_state()
-            seeds[b] = torch.randint(_SEEDS, (depths,), generator=own)
-    return Draws(seeds, metadata.temperature[rows], runner.bigram_logits)
+        if i in generators:
+            own = generators[i].clone_state()
+            torch.randint(_SEEDS, (depths,), generator=own, out=seeds[b])
+    return metadata.temperature[rows], seeds
 
 
 def takes_argmax(metadata: SamplingMetadata) -> bool:

@@ -6,19 +6,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.core.best_first import Hints, Rejected
+from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.cpu_kernels.attention import TreeRows
 from vllm_lookahead.cpu_kernels.layout import (
     NARROW,
     POSITION,
     ROW,
     FlatTrees,
+    feed_trees,
     lay_out,
     size_trees,
 )
-from vllm_lookahead.engine.cpu.sampling import upcoming_draws
+from vllm_lookahead.engine.cpu.sampling import upcoming_noise
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 
 if TYPE_CHECKING:
@@ -34,7 +39,9 @@ class TreeStep:
         rows: [b] int64, i of each.
         batch, tree: the core's view of them.
         flat: where they lie in the runner's batch.
-        num_emitted: tokens that the trees gained, once sampled.
+        promised: drafts that will be accepted, going by their chances.
+        verdict: of the trees, once sampled.
+        rejected: of their nodes, once sampled.
     """
 
     request_ids: list[str]
@@ -42,7 +49,9 @@ class TreeStep:
     batch: RequestBatch
     tree: DraftTree
     flat: FlatTrees
-    num_emitted: int = 0
+    promised: float
+    verdict: Verdict | None = None
+    rejected: Rejected | None = None
 
     @property
     def num_requests(self) -> int:
@@ -92,13 +101,14 @@ class TreeStep:
         root = inputs.token_ids_cpu[rows, position]
         columns = block_table, position.astype(np.int32), root, w, n, g, max_nodes
         batch = RequestBatch(*map(torch.from_numpy, columns))
-        tree = runner.ops.propose(
-            runner.pages,
-            batch,
-            runner.policy.chain_length,
+        hints = Hints(
             runner.bigrams,
-            upcoming_draws(runner, rows),
+            runner.bigram_logits,
+            *upcoming_noise(runner, rows),
+            rejected_nodes(runner.last_step, ids),
         )
+        least = float(runner.policy.least)
+        tree, expected = runner.ops.grow(runner.pages, batch, hints, least)
 
         scheduled = output.num_scheduled_tokens
         num_tokens = np.array([scheduled[r] for r in inputs.req_ids])
@@ -109,7 +119,7 @@ class TreeStep:
             # vLLM counts a request's logits rows by its drafts.
             placeholders[ids[b]] = [0] * (num_logits[b] - 1)
         output.total_num_scheduled_tokens = int(flat.start[-1])
-        return cls(ids, rows, batch, tree, flat)
+        return cls(ids, rows, batch, tree, flat, float(expected.sum()))
 
     def feed(self, runner: "LookaheadCPUModelRunner") -> None:
         """Put the trees' tokens and RoPE positions into the input buffers."""
@@ -118,6 +128,51 @@ class TreeStep:
         runner.positions.numpy()[at] = position
         # With `enable_prompt_embeds` vLLM embeds the rows marked so, here N of a tree.
         runner.is_token_ids.np[at] = True
+
+    def feed_alone(self, runner: "LookaheadCPUModelRunner") -> torch.Tensor:
+        """What vLLM's `_prepare_inputs` does, where the step has only these trees.
+
+        Of the runner's buffers those are left as they were that nothing else reads on
+        a CPU: `req_indices`, `query_pos`, `num_scheduled_tokens`, `is_token_ids`,
+        `prev_positions`, and the device's `num_computed_tokens` and
+        `num_accepted_tokens`.
+
+        Returns:
+            [b] int64, slots of the roots.
+        """
+        root_slots = feed_trees(
+            self.flat.fed,
+            self.flat.start,
+            self.batch.position.numpy(),
+            self.batch.block_table.numpy(),
+            runner.pages.block_size,
+            runner.input_ids.np,
+            runner.positions.numpy(),
+            runner.input_batch.block_table[0].slot_mapping.np,
+            runner.query_start_loc.np,
+            runner.seq_lens.numpy(),
+            runner.optimistic_seq_lens_cpu.numpy(),
+        )
+        runner.discard_request_mask.np[: self.num_requests] = False
+        return torch.from_numpy(root_slots)
+
+    def attention_inputs(
+        self, runner: "LookaheadCPUModelRunner"
+    ) -> CommonAttentionMetadata:
+        """Once fed alone."""
+        n, table = self.num_requests, runner.input_batch.block_table[0]
+        starts = runner.query_start_loc.cpu[: n + 1]
+        return CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=runner.seq_lens[:n],
+            num_reqs=n,
+            num_actual_tokens=self.num_tokens,
+            max_query_len=int(self.tree.num_nodes.numpy().max()),
+            max_seq_len=int(runner.seq_lens.numpy().max()),
+            block_table_tensor=table.block_table.cpu[:n],
+            slot_mapping=table.slot_mapping.cpu[: self.num_tokens],
+        )
 
     def tree_rows(self, runner: "LookaheadCPUModelRunner") -> TreeRows | None:
         """The trees for attention, None where causal order will do."""
@@ -133,6 +188,40 @@ class TreeStep:
             self.only_decodes,
         )
 
+    def finish(self, logits: torch.Tensor, verdict: Verdict) -> None:
+        """
+        Args:
+            logits: [rows, vocab_size], laid out as `flat.logits_indices`; the rows that
+                the next step's drafts will want are copied.
+            verdict: what was accepted.
+        """
+        depths = self.tree.depths.numpy() - verdict.num_emitted.numpy()[:, None]
+        nodes = (self.tree.kinds.numpy() == CANDIDATE) & (depths >= 0)
+        tokens = np.where(nodes, self.tree.tokens.numpy(), EMPTY)
+        answers = logits[torch.from_numpy(self.flat.logits_node[nodes])]
+        rows = np.zeros(nodes.shape, np.int64)
+        rows[nodes] = np.arange(len(answers))
+        columns = map(torch.from_numpy, (tokens, depths, rows))
+        self.verdict, self.rejected = verdict, Rejected(*[*columns, answers])
+
     def num_draft_tokens(self) -> dict[str, int]:
         """Longest candidate of each request: what vLLM's metrics call its drafts."""
         return dict(zip(self.request_ids, self.flat.longest.tolist(), strict=True))
+
+
+def rejected_nodes(step: TreeStep | None, request_ids: list[str]) -> Rejected:
+    """What the last step computed beyond what it accepted.
+
+    Args:
+        step: the last one, None if it had no trees.
+        request_ids: [B] whose drafts are wanted.
+    """
+    if step is None or step.rejected is None:
+        return Rejected.none(len(request_ids))
+    if step.request_ids == request_ids:
+        return step.rejected
+    places = {request_id: b for b, request_id in enumerate(step.request_ids)}
+    at = torch.tensor([places.get(request_id, -1) for request_id in request_ids])
+    nodes = step.rejected
+    tokens = nodes.tokens[at].masked_fill(at[:, None] < 0, EMPTY)
+    return Rejected(tokens, nodes.depths[at], nodes.rows[at], nodes.logits)

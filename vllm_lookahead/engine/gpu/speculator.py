@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_lookahead.core.pool import NUM_ORIGINS
-
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -22,16 +20,9 @@ class LookaheadSpeculator(BaseSpeculator):
 
     def __init__(self, runner: "LookaheadModelRunner") -> None:
         self.runner = runner
-        params, device = runner.lookahead, runner.device
-        num_drafts = params.ngram_size - 1
-        self.chain_length = torch.full(
-            (NUM_ORIGINS, params.verification_set_size),
-            num_drafts,
-            dtype=torch.int32,
-            device=device,
-        )
+        num_drafts = runner.lookahead.ngram_size - 1
         self.drafts = torch.zeros(
-            runner.max_num_reqs, num_drafts, dtype=torch.int64, device=device
+            runner.max_num_reqs, num_drafts, dtype=torch.int64, device=runner.device
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
@@ -63,7 +54,10 @@ class LookaheadSpeculator(BaseSpeculator):
             states.last_sampled_tokens[idx_mapping, 0].int(),
         )
         tree = runner.ops.propose(
-            runner.pages, batch, self.chain_length, runner.bigrams
+            runner.pages,
+            batch,
+            runner.lookahead.verification_set_size,
+            runner.bigrams,
         )
         runner.slots.store(tree, idx_mapping, drafts)
         return drafts

@@ -91,8 +91,7 @@ class Plan:
 
 
 def _tree(columns: torch.Tensor, num_nodes: torch.Tensor) -> DraftTree:
-    tokens, parents, depths, kinds, origins = columns.unbind(0)
-    return DraftTree(tokens, parents, depths, kinds, origins, num_nodes)
+    return DraftTree(*[*columns, num_nodes])
 
 
 class TreeStep:
@@ -126,7 +125,7 @@ class TreeStep:
         t = params.max_tree_size
         self.rows_per_request = 1 + params.max_candidate_nodes + params.window_size
         max_rows = max(2, max_num_reqs * self.rows_per_request)  # two to warm up
-        self._columns = zeros(5, max_num_reqs, t)
+        self._columns = zeros(4, max_num_reqs, t)
         self.tree = _tree(self._columns, zeros(max_num_reqs))
         self.position, self.root = zeros(max_num_reqs), zeros(max_num_reqs)
         self.longest = zeros(max_num_reqs)

@@ -16,14 +16,14 @@ class TreeSlots:
     """The tree that each running request is fed in its next step.
 
     Attributes:
-        columns: [5, max_num_reqs, T] int32, the five columns of `DraftTree`.
+        columns: [4, max_num_reqs, T] int32, the four columns of `DraftTree`.
         num_nodes: [max_num_reqs] int32.
     """
 
     def __init__(
         self, max_num_reqs: int, max_tree_size: int, device: torch.device | str
     ) -> None:
-        shape = (5, max_num_reqs, max_tree_size)
+        shape = (4, max_num_reqs, max_tree_size)
         self.columns = torch.zeros(shape, dtype=torch.int32, device=device)
         self.num_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
 
