@@ -32,7 +32,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-WATCHED = ("waits", "allocated", "steps", "trees", "branched", "merged")
+WATCHED = ("waits", "allocated", "steps", "trees", "branched", "merged", "differing")
 numbers = itertools.count()
 
 
@@ -64,6 +64,10 @@ class Engines:
                 from watch_trees import WatchedTrees
 
                 self.watch = WatchedTrees(model_runner(self.llm))
+            elif job.get("watch") == "inputs":
+                from watch_inputs import WatchedInputs
+
+                self.watch = WatchedInputs(model_runner(self.llm))
             elif job.get("watch"):
                 from watch import WatchedSteps
 

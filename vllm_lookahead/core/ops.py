@@ -5,7 +5,8 @@ An engine calls them in this order, for all requests of the step at once:
 
     write_tokens   tokens whose K/V the step computes for good (prompts, roots)
     propose        look up the pool, ask the model's bigrams where it has nothing, read
-                   the window, build the trees
+                   the window, build the trees; or
+    grow           where nodes must be worth their time, choose them one by one
     (forward pass over the trees; sample at the root and the candidates)
     verify         walk the trees
     compact        move the accepted K/V into place

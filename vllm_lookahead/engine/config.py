@@ -16,8 +16,9 @@ from vllm_lookahead.params import METHOD, RANGES, LookaheadParams
 GPU_DEFAULTS = LookaheadParams(window_size=15, ngram_size=5, verification_set_size=15)
 # A CPU is compute-bound: there the window costs more than it finds, and branches as
 # much. Two Zen 4 cores, a 5M model at temperature 0.8, HumanEval, GSM8K and MT-Bench:
-# one chain 1.38x, 1.52x and 1.43x plain vLLM, four 1.38x, 1.44x, 1.38x, eight 1.38x,
-# 1.35x, 1.33x, though these accept 1.76, 1.89 and 1.77 tokens a step for 1.45 to 1.62.
+# one chain 1.77x, 1.79x and 1.63x plain vLLM, at most four leaves 1.75x, 1.71x, 1.68x,
+# eight 1.86x, 1.46x, 1.60x; which accept 1.59 to 1.79, 1.80 to 2.07, 1.76 to 1.94 tokens
+# a step.
 CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
 
 
