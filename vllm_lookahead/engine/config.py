@@ -17,8 +17,8 @@ GPU_DEFAULTS = LookaheadParams(window_size=15, ngram_size=5, verification_set_si
 # A CPU is compute-bound: there the window costs more than it finds, and branches as
 # much. Two Zen 4 cores, a 5M model at temperature 0.8, HumanEval, GSM8K and MT-Bench:
 # one chain 1.77x, 1.79x and 1.63x plain vLLM, at most four leaves 1.75x, 1.71x, 1.68x,
-# eight 1.86x, 1.46x, 1.60x; which accept 1.59 to 1.79, 1.80 to 2.07, 1.76 to 1.94 tokens
-# a step.
+# eight 1.86x, 1.46x and 1.60x, at 1.59 to 1.79, 1.80 to 2.07, and 1.76 to 1.94 tokens a
+# step.
 CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
 
 
