@@ -324,13 +324,12 @@ class Save:
     output: Path
 
     def __call__(self, turns: Turns, num_prompts: int) -> None:
-        settings = {
-            k: _without_folder(v) for k, v in vars(self.args).items() if k != "output"
-        }
+        given = vars(self.args) | asdict(self.cell)
+        settings = {k: _without_folder(v) for k, v in given.items() if k != "output"}
         about = {**environment(), **next(iter(self.engines.values())).about}
         raw = {
             "about": about,
-            "settings": settings | asdict(self.cell),
+            "settings": settings,
             "num_prompts": num_prompts,
             "not_run": self.not_run,
             "summary": summarize(turns),

@@ -9,8 +9,8 @@ from tree_model import Draft, TreeModel  # type: ignore[import-not-found]
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.best_first import Hints, Rejected
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
-from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.cpu_kernels.ops import NumbaOps
 from vllm_lookahead.params import LookaheadParams
 
@@ -120,11 +120,10 @@ class OurLookahead:
             count = int(verdict.num_emitted)
             emitted = verdict.tokens[0, :count].tolist()
             path = verdict.path[0, :count].tolist()
-            depths = self.tree.depths - count
-            is_rejected = (self.tree.kinds == CANDIDATE) & (depths >= 0)
-            tokens = self.tree.tokens.where(is_rejected, EMPTY)
-            node = torch.arange(tokens.shape[1])[None]
-            self.rejected = Rejected(tokens, depths, node, self.model.logits)
+            node = torch.arange(self.tree.tokens.shape[1])[None]
+            self.rejected = Rejected.of(
+                self.tree, verdict.num_emitted, node, self.model.logits
+            )
         self.position += len(emitted)
         self.num_emitted += len(emitted)
         self.root = emitted[-1]

@@ -66,6 +66,28 @@ class Rejected:
     logits: torch.Tensor
 
     @classmethod
+    def of(
+        cls,
+        tree: DraftTree,
+        num_emitted: torch.Tensor,
+        row_of_node: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> "Rejected":
+        """
+        Args:
+            tree: B trees of T nodes, as fed.
+            num_emitted: [B] int32, tokens that came out of each.
+            row_of_node: [B, T] int64, row of `logits` for each candidate.
+            logits: [n, V]; the rows of rejected nodes are copied.
+        """
+        depths = tree.depths - num_emitted[:, None]
+        nodes = (tree.kinds == CANDIDATE) & (depths >= 0)
+        answers = logits[row_of_node[nodes]]
+        rows = torch.zeros_like(row_of_node)
+        rows[nodes] = torch.arange(len(answers))
+        return cls(tree.tokens.where(nodes, EMPTY), depths, rows, answers)
+
+    @classmethod
     def none(cls, num_requests: int) -> "Rejected":
         nothing = torch.zeros(num_requests, 0, dtype=torch.int32)
         return cls(nothing, nothing, nothing.long(), torch.zeros(0, 0))

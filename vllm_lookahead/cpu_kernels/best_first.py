@@ -24,6 +24,8 @@ from vllm_lookahead.cpu_kernels.arrays import (
 )
 from vllm_lookahead.cpu_kernels.jit import kernel
 
+# An argument of the kernel: a change would not reach one in Numba's cache.
+_WEIGHTS = np.array(list(WEIGHTS.values()))
 # Agrees with no token, not with an empty cell either.
 _NOTHING = EMPTY - 1
 
@@ -254,7 +256,6 @@ def _add_window(
     page_window,  # [N-1, W] the tail block's
     table,  # [max_blocks]
     position,
-    seed_stride,
     width,
     rows,
     node,  # next free one
@@ -274,7 +275,7 @@ def _add_window(
         row, column = cell // width, cell % width
         token = page_window[row, column]
         if token == EMPTY:  # seed it
-            at = (column * seed_stride + row) % max(position, 1)
+            at = (column * SEED_STRIDE + row) % max(position, 1)
             token = pages_tokens[table[at // block_size], at % block_size]
             if token == EMPTY:
                 token = tokens[0]
@@ -381,8 +382,8 @@ def _grow_kernel(
         if window_size[b] > 0:
             tail = table[(p - 1) // tokens.shape[1]]
             node = _add_window(
-                tokens, window[tail], table, p, SEED_STRIDE, window_size[b], depth,
-                node, max_nodes[b], out_tokens, parents, depths, kinds,
+                tokens, window[tail], table, p, window_size[b], depth, node,
+                max_nodes[b], out_tokens, parents, depths, kinds,
             )  # fmt: skip
         num_nodes[b] = node
 
@@ -402,8 +403,7 @@ def grow(
         *page_arrays(pages),
         *batch_arrays(batch),
         *hints_arrays(hints),
-        # An argument: a change of them would not reach a kernel in Numba's cache.
-        np.array(list(WEIGHTS.values())),
+        _WEIGHTS,
         least,
         columns,
         num_nodes,

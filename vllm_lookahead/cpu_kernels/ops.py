@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LookaheadOps` in Numba: what a CPU runs."""
+"""The operations of a lookahead step in Numba: what a CPU runs."""
 
 from collections.abc import Sequence
 

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.best_first import Hints, Rejected
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.cpu_kernels.attention import TreeRows
 from vllm_lookahead.cpu_kernels.layout import (
@@ -191,18 +191,12 @@ class TreeStep:
     def finish(self, logits: torch.Tensor, verdict: Verdict) -> None:
         """
         Args:
-            logits: [rows, vocab_size], laid out as `flat.logits_indices`; the rows that
-                the next step's drafts will want are copied.
+            logits: [rows, vocab_size], laid out as `flat.logits_indices`.
             verdict: what was accepted.
         """
-        depths = self.tree.depths.numpy() - verdict.num_emitted.numpy()[:, None]
-        nodes = (self.tree.kinds.numpy() == CANDIDATE) & (depths >= 0)
-        tokens = np.where(nodes, self.tree.tokens.numpy(), EMPTY)
-        answers = logits[torch.from_numpy(self.flat.logits_node[nodes])]
-        rows = np.zeros(nodes.shape, np.int64)
-        rows[nodes] = np.arange(len(answers))
-        columns = map(torch.from_numpy, (tokens, depths, rows))
-        self.verdict, self.rejected = verdict, Rejected(*[*columns, answers])
+        self.verdict = verdict
+        row_of_node = torch.from_numpy(self.flat.logits_node)
+        self.rejected = Rejected.of(self.tree, verdict.num_emitted, row_of_node, logits)
 
     def num_draft_tokens(self) -> dict[str, int]:
         """Longest candidate of each request: what vLLM's metrics call its drafts."""

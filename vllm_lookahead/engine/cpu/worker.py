@@ -12,7 +12,6 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker import cpu_worker
 
 from vllm_lookahead.engine.cpu import linear
-from vllm_lookahead.engine.cpu.attention import ChainAttentionBackend
 from vllm_lookahead.engine.cpu.notify import notify_only_idle_readers
 from vllm_lookahead.engine.cpu.runner import LookaheadCPUModelRunner
 from vllm_lookahead.engine.support import CPU_EXECUTOR
@@ -26,8 +25,7 @@ def plain_config(vllm_config: VllmConfig) -> VllmConfig:
     plain.scheduler_config.async_scheduling = False
     # Graphs that call other linear layers or attention, or plain vLLM's, must not come
     # from the same cache.
-    one_call = ChainAttentionBackend.forward_includes_kv_cache_update
-    own = {"lookahead_linear": linear.is_useful(), "lookahead_attention": one_call}
+    own = {"lookahead_linear": linear.is_useful(), "lookahead_attention": True}
     given = plain.additional_config
     if not isinstance(given, dict):
         given = {"given": given.compute_hash()}
