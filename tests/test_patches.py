@@ -20,7 +20,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_lookahead.engine import patches
 from vllm_lookahead.engine.config import LookaheadConfig
 from vllm_lookahead.engine.options import ALIASES
-from vllm_lookahead.engine.patches import async_methods, generate, validate_spec_decode
+from vllm_lookahead.engine.patches import (
+    async_methods,
+    generate,
+    sampler_warmups,
+    validate_spec_decode,
+)
 
 
 def original(owner: Any, name: str) -> Any:
@@ -36,7 +41,7 @@ def parameters(owner: Any, name: str) -> list[str]:
 def test_targets_exist() -> None:
     load_general_plugins()
     assert not set(patches.names(vllm.__version_tuple__)) - patches._installed
-    for patch in (async_methods, generate, validate_spec_decode):
+    for patch in (async_methods, generate, sampler_warmups, validate_spec_decode):
         owner, name = patches.upstream(patch.TARGET)
         assert name in vars(owner)
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin where nobody asked for lookahead, and on a vLLM it does not know."""
 
+import inspect
+import logging
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_plugins_by_group
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lookahead import plugin
 from vllm_lookahead.engine import patches
@@ -20,6 +25,7 @@ from vllm_lookahead.engine.patches import (
     from_cli_args,
     generate,
     refuse,
+    sampler_warmups,
     validate_spec_decode,
 )
 
@@ -47,6 +53,17 @@ def test_register_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.fixture
+def a_vllm_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test patches is not patched afterwards."""
+    monkeypatch.setattr(patches, "_installed", set())
+    monkeypatch.setattr(refuse, "reason", "")
+    for name in ("create_speculative_config", "add_cli_args", "from_cli_args"):
+        found = inspect.getattr_static(EngineArgs, name)
+        monkeypatch.setattr(EngineArgs, name, found)
+
+
+@pytest.mark.usefixtures("a_vllm_of_its_own")
 @pytest.mark.parametrize("error", [ImportError("gone"), AttributeError, KeyError("x")])
 def test_register_never_raises(
     error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -58,6 +75,45 @@ def test_register_never_raises(
     plugin.register()
     monkeypatch.delattr(vllm, "__version_tuple__")
     plugin.register()
+
+
+@pytest.mark.usefixtures("a_vllm_of_its_own")
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_plugin_that_cannot_install_itself_says_why(
+    asked: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To those who ask for lookahead: at once, and where vLLM takes their options."""
+    monkeypatch.setattr(validate_spec_decode, "TARGET", "vllm.sampling_params:Gone.it")
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", *["lookahead"] * asked])
+    caplog.set_level(logging.WARNING, "vllm.lookahead")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
+    plugin.register()
+    assert ("has no attribute 'Gone'" in caplog.text) == asked
+    args = EngineArgs("model", speculative_config={"method": "lookahead"})
+    with pytest.raises(
+        ValueError, match=r"could not be installed.*no attribute 'Gone'"
+    ):
+        args.create_speculative_config(None, None)
+    assert EngineArgs("model").create_speculative_config(None, None) is None
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = parser.parse_args(["--speculative", "lookahead"])
+    with pytest.raises(ValueError, match="could not be installed"):
+        EngineArgs.from_cli_args(given).create_speculative_config(None, None)
+
+
+def test_a_clone_that_is_not_installed_says_how(tmp_path: Path) -> None:
+    package = Path(plugin.__file__).parent
+    shutil.copytree(package, tmp_path / "vllm_lookahead")
+    command = [sys.executable, "-I", "-S", "-c"]
+    command += [
+        f"import sys; sys.path.append({str(tmp_path)!r}); import vllm_lookahead"
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: vllm-lookahead is not installed; in a clone of it, run "
+        "pip install --no-deps --no-build-isolation -e ."
+    )
 
 
 def test_all_patches_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +192,31 @@ def test_plain_requests_are_vllms(config: Any) -> None:
         (engine, "prompt", bad, "id"),
         {"priority": 1},
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "on_cuda", "is_registered"),
+    [
+        ("lookahead", True, False),
+        ("lookahead", False, True),
+        ("ngram", True, True),
+        (None, True, True),
+    ],
+)
+def test_only_lookahead_goes_without_the_samplers_warm_up(
+    method: str | None,
+    on_cuda: bool,
+    is_registered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speculative = SimpleNamespace(method=method) if method else None
+    config = SimpleNamespace(speculative_config=speculative)
+    monkeypatch.setattr(sampler_warmups, "get_current_vllm_config", lambda: config)
+    platform = SimpleNamespace(is_cuda=lambda: on_cuda)
+    monkeypatch.setattr(sampler_warmups, "current_platform", platform)
+    calls: list[str] = []
+    sampler_warmups.wrap(lambda: calls.append("registered"))()
+    assert bool(calls) == is_registered
 
 
 def test_the_allow_list_grows_by_one() -> None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `vllm.general_plugins` entry point."""
 
+import logging
 import sys
+
+from vllm_lookahead.params import METHOD
 
 
 def register() -> None:
@@ -20,7 +23,22 @@ def register() -> None:
 
         install(names(vllm.__version_tuple__))
     except Exception as error:
-        import logging
+        _explain(error)
 
-        # Whoever asks for lookahead next gets vLLM's own "unknown method".
-        logging.getLogger("vllm.lookahead").debug("Not installed: %r", error)
+
+def _explain(error: Exception) -> None:
+    """Tell whoever asks for lookahead, and nobody else, why it is not there."""
+    reason = f"lookahead could not be installed in this vLLM: {error!r}"
+    # `vllm serve` may fail on the option before it makes a configuration.
+    asked = any(METHOD in argument for argument in sys.argv[1:])
+    level = logging.WARNING if asked else logging.DEBUG
+    logging.getLogger("vllm.lookahead").log(level, reason)
+    try:
+        from vllm_lookahead.engine import patches
+        from vllm_lookahead.engine.patches import refuse
+
+        refuse.reason = f"{reason}; start without lookahead"
+        patches.install(["refuse"])
+        patches.install(patches.OPTIONS)
+    except Exception:
+        return

@@ -11,6 +11,7 @@ from vllm.utils.mem_utils import format_gib
 from vllm_lookahead.core.pages import page_bytes
 from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.gpu.warm_up import warm_up
+from vllm_lookahead.engine.patches import install
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
@@ -27,6 +28,7 @@ class LookaheadGPUWorker(BaseWorker):
         return LookaheadModelRunner(self.vllm_config, self.device)
 
     def init_device(self) -> None:
+        install(["sampler_warmups"])
         super().init_device()
         # The CPU worker does not ask `_make_model_runner`.
         if not isinstance(self.model_runner, LookaheadModelRunner):

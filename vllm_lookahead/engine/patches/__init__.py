@@ -11,18 +11,18 @@ from importlib import import_module
 from typing import Any
 
 SUPPORTED = ((0, 32), (0, 34))  # vllm>=0.32,<0.34
+OPTIONS = ("add_cli_args", "from_cli_args")
 
 _installed: set[str] = set()
 
 
 def names(version: tuple[Any, ...]) -> list[str]:
     """The patches for a version of vLLM, as names of files in this folder."""
-    options = ["add_cli_args", "from_cli_args"]
     if not SUPPORTED[0] <= version[:2] < SUPPORTED[1]:
-        return [*options, "refuse"]
+        return [*OPTIONS, "refuse"]
     configs = ["create_engine_config", "create_speculative_config"]
     only_032 = ["async_methods"] if version[:2] == (0, 32) else []
-    return [*options, *configs, "validate_spec_decode", *only_032]
+    return [*OPTIONS, *configs, "validate_spec_decode", *only_032]
 
 
 def upstream(target: str) -> tuple[Any, str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a vLLM that was not tested, tell whoever asks for lookahead which ones were.
+"""Where lookahead cannot run, tell whoever asks for it why.
 
-Why: hooks written for one version may give wrong tokens on another.
-Remove: never; an untested version gets it instead of what makes lookahead run.
+Why: hooks written for one version of vLLM may give wrong tokens on another, and where
+a hook is missing vLLM would call the method unknown.
+Remove: never; a vLLM gets it instead of what makes lookahead run.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,10 @@ import vllm
 
 from vllm_lookahead.engine.options import asked_for
 
+reason = (
+    f"lookahead was not tested with vLLM {vllm.__version__}: install "
+    "vllm>=0.32,<0.34, or start without lookahead"
+)
 TARGET = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 
 
@@ -20,10 +25,7 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if asked_for(self):
-            raise ValueError(
-                f"lookahead was not tested with vLLM {vllm.__version__}: install "
-                "vllm>=0.32,<0.34, or start without lookahead"
-            )
+            raise ValueError(reason)
         return original(self, *args, **kwargs)
 
     return create_speculative_config
