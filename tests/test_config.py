@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pickle
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
+from tests.harness.environment import v2_environment
 from tests.hf_config import write_config
 from vllm_lookahead.engine import support
 from vllm_lookahead.engine.config import LookaheadConfig, default_params
@@ -224,15 +228,15 @@ def test_an_unused_window_is_no_obstacle(changes: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "triton", "wanted", "worker"),
+    ("platform", "triton", "wanted", "worker", "line"),
     [
-        ("cpu", False, None, support.CPU_WORKER),
-        ("cpu", False, True, support.GPU_WORKER),
-        ("cpu", True, None, support.GPU_WORKER),
-        ("cpu", True, False, support.CPU_WORKER),
-        ("cuda", True, None, support.GPU_WORKER),
-        ("cuda", True, False, None),
-        ("xpu", True, None, None),
+        ("cpu", False, None, support.CPU_WORKER, "V1 model runner: Triton is not"),
+        ("cpu", False, True, support.GPU_WORKER, "V2 model runner: VLLM_USE_V2"),
+        ("cpu", True, None, support.GPU_WORKER, "V2 model runner: Triton is there"),
+        ("cpu", True, False, support.CPU_WORKER, "V2_MODEL_RUNNER=0 says so"),
+        ("cuda", True, None, support.GPU_WORKER, "V2 model runner: Triton is there"),
+        ("cuda", True, False, None, ""),
+        ("xpu", True, None, None, ""),
     ],
 )
 def test_the_worker_follows_platform_and_runner(
@@ -240,6 +244,7 @@ def test_the_worker_follows_platform_and_runner(
     triton: bool,
     wanted: bool | None,
     worker: str | None,
+    line: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Platform:
@@ -250,8 +255,38 @@ def test_the_worker_follows_platform_and_runner(
     monkeypatch.setattr(support, "current_platform", Platform)
     monkeypatch.setattr(support, "HAS_TRITON", triton)
     monkeypatch.setattr(support.envs, "VLLM_USE_V2_MODEL_RUNNER", wanted, raising=False)
+    said: list[str] = []
+    log = SimpleNamespace(info=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(support, "logger", log)
     if worker:
         assert support.worker_class() == worker
+        assert len(said) == 1 and line in said[0]
     else:
         with pytest.raises(ValueError, match="lookahead (does not run|needs)"):
             support.worker_class()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "worker", "line"),
+    [
+        (None, support.GPU_WORKER, "vLLM's V2 model runner: Triton is there for"),
+        ("0", support.CPU_WORKER, "V1 model runner: VLLM_USE_V2_MODEL_RUNNER=0 says"),
+        ("1", support.GPU_WORKER, "V2 model runner: VLLM_USE_V2_MODEL_RUNNER=1 says"),
+    ],
+)
+def test_a_cpu_with_triton(
+    wanted: str | None, worker: str, line: str, tmp_path: Path
+) -> None:
+    """As vLLM's CPU images have it: V2, unless the variable says otherwise."""
+    code = "from vllm import EngineArgs; print(EngineArgs("
+    code += f"{str(write_config(tmp_path))!r}, skip_tokenizer_init=True, "
+    code += "speculative_config={'method': 'lookahead'})"
+    code += ".create_engine_config().parallel_config.worker_cls)"
+    env = v2_environment(VLLM_LOGGING_LEVEL="INFO")
+    del env["VLLM_USE_V2_MODEL_RUNNER"]
+    if wanted is not None:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = wanted
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.splitlines()[-1] == worker
+    assert line in done.stdout + done.stderr

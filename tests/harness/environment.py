@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# A folder with another version's `vllm` to test instead of the one installed; made by
+# `tools/unpack_vllm.py`.
+OTHER_VLLM = os.environ.get("LOOKAHEAD_TEST_VLLM", "")
 
 COMMON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -18,9 +21,13 @@ COMMON = {
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(HERE / "site"),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "site"), OTHER_VLLM])),
 }
-V1 = {"TRITON_INTERPRET": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+V1 = {
+    "TRITON_INTERPRET": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "PYTHONPATH": OTHER_VLLM,
+}
 
 
 def v2_environment(**extra: str) -> dict[str, str]:

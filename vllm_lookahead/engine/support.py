@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import vllm.envs as envs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
+
+logger = init_logger("vllm.lookahead")
 
 CPU_EXECUTOR = "vllm_lookahead.engine.cpu.executor.LookaheadExecutor"
 CPU_WORKER = "vllm_lookahead.engine.cpu.worker.LookaheadCPUWorker"
@@ -17,6 +20,8 @@ SCHEDULER = "vllm_lookahead.engine.scheduler.LookaheadScheduler"
 def worker_class() -> str:
     """The worker for this platform and for the model runner that vLLM picks on it.
 
+    Says in the log which one that is, and why.
+
     Raises:
         ValueError: a platform or a model runner that lookahead does not run on.
     """
@@ -26,14 +31,20 @@ def worker_class() -> str:
             "use CUDA or CPU, or start without lookahead"
         )
     wanted = envs.VLLM_USE_V2_MODEL_RUNNER
-    if HAS_TRITON if wanted is None else wanted:
-        return GPU_WORKER
-    if current_platform.is_cpu():
-        return CPU_WORKER
-    raise ValueError(
-        "lookahead needs vLLM's V2 model runner on CUDA: unset "
-        "VLLM_USE_V2_MODEL_RUNNER and install Triton"
+    if wanted is None:
+        is_v2 = HAS_TRITON
+        reason = f"Triton is {'' if HAS_TRITON else 'not '}there for this device"
+    else:
+        is_v2, reason = wanted, f"VLLM_USE_V2_MODEL_RUNNER={wanted:d} says so"
+    if not is_v2 and not current_platform.is_cpu():
+        raise ValueError(
+            "lookahead needs vLLM's V2 model runner on CUDA: unset "
+            "VLLM_USE_V2_MODEL_RUNNER and install Triton"
+        )
+    logger.info(
+        "Lookahead runs in vLLM's %s model runner: %s.", "V2" if is_v2 else "V1", reason
     )
+    return GPU_WORKER if is_v2 else CPU_WORKER
 
 
 def refuse(found: Mapping[str, bool]) -> None:
