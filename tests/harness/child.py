@@ -55,10 +55,13 @@ class Engines:
             if not model.exists():
                 make_model(model, *job["model"])
             engine = ENGINE | job["engine"]
+            warm_up = engine.pop("warm_up", False)
             with logits_in_chunks(engine.pop("chunk_rows", None)):
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
+            if warm_up:
+                warm_up_kernels(self.llm)
             self.chunks = Chunks(scheduler(self.llm))
             if job.get("watch") == "trees":
                 from watch_trees import WatchedTrees
@@ -102,6 +105,14 @@ def logits_in_chunks(rows: int | None) -> AbstractContextManager:
         return nullcontext()
     name = "vllm_lookahead.engine.gpu.model_runner.get_max_chunk_logits"
     return mock.patch(name, lambda vocab_size: rows)
+
+
+def warm_up_kernels(llm: Any) -> None:
+    """What vLLM's GPU worker does before it captures graphs, and no eager engine."""
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
 
 
 def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:

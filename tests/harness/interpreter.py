@@ -4,7 +4,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -15,7 +14,10 @@ def stand_in() -> None:
     from vllm.v1.worker.gpu.sample import sampler, states
 
     def apply_top_k_top_p(
-        logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None
+        logits: torch.Tensor,
+        k: torch.Tensor | None,
+        p: torch.Tensor | None,
+        has_topp_only_rows: bool = False,  # vLLM 0.33's
     ) -> torch.Tensor:
         if k is None and p is None:
             return logits
@@ -25,32 +27,34 @@ def stand_in() -> None:
         if hasattr(module, "apply_top_k_top_p"):
             module.apply_top_k_top_p = apply_top_k_top_p
 
-    def apply_grammar_bitmask(
-        self: Any,
+    structured_outputs._apply_grammar_bitmask_kernel = GrammarBitmaskKernel()
+
+
+class GrammarBitmaskKernel:
+    """vLLM's kernel of that name, in PyTorch."""
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        return self.launch
+
+    @staticmethod
+    def launch(
         logits: torch.Tensor,
-        input_batch: Any,
-        grammar_req_ids: list[str],
-        grammar_bitmask: np.ndarray,
+        stride_logits: int,
+        mapping: torch.Tensor,  # request * MASK_STRIDE + position of each mask
+        cu_num_logits: torch.Tensor,
+        bitmask: torch.Tensor,
+        stride_bitmask: int,
+        vocab_size: int,
+        MASK_STRIDE: int,
+        BLOCK_SIZE: int,
     ) -> None:
-        mapping = structured_outputs._build_grammar_mapping(
-            input_batch.req_ids,
-            grammar_req_ids,
-            input_batch.cu_num_logits_np,
-            input_batch.num_draft_tokens_per_req,
-            self.num_bonus_tokens,
-            self.mask_stride,
-        )
-        assert len(mapping) == len(grammar_bitmask)
-        bits = torch.from_numpy(grammar_bitmask)[..., None] >> torch.arange(32) & 1
-        allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
-        for at, mask in zip(mapping, allowed, strict=True):
-            request, position = divmod(at, self.mask_stride)
-            first, end = input_batch.cu_num_logits[request : request + 2].tolist()
+        bits = bitmask[..., None] >> torch.arange(32) & 1
+        allowed = bits.flatten(1)[:, :vocab_size].bool()
+        for at, mask in zip(mapping.tolist(), allowed, strict=True):
+            request, position = divmod(at, MASK_STRIDE)
+            first, end = cu_num_logits[request : request + 2].tolist()
             if first + position < end:
                 logits[first + position].masked_fill_(~mask, float("-inf"))
-
-    worker = structured_outputs.StructuredOutputsWorker
-    worker.apply_grammar_bitmask = apply_grammar_bitmask
 
 
 def patch_language_once() -> None:

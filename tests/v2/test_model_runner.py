@@ -10,7 +10,14 @@ import torch
 pytest.importorskip("vllm")
 
 from tests.harness.engines import Engines
-from tests.harness.jobs import ACCEPTED, prompts, request, same_as_plain
+from tests.harness.jobs import (
+    ACCEPTED,
+    SMALL,
+    prompts,
+    request,
+    same_as_plain,
+    same_outputs,
+)
 from vllm_lookahead.engine.gpu import model_runner, outputs
 from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.gpu.step import TreeStep
@@ -98,3 +105,11 @@ def test_trees_narrower_than_n(engines: Engines, budget: int) -> None:
     sizes = {"window_size": 3, "ngram_size": 5, "verification_set_size": 3}
     result = same_as_plain(engines, [batch], sizes, max_num_batched_tokens=budget)
     assert result["metrics"][ACCEPTED] > 5
+
+
+def test_vllms_warm_up(engines: Engines) -> None:
+    """Prefills with a grammar, then trees, as before graphs are captured."""
+    jobs = [[request(p) for p in prompts(3, seed=41)]]
+    result = engines.run(jobs, SMALL, warm_up=True)
+    assert result["metrics"][ACCEPTED] > 0
+    same_outputs(engines.run(jobs), result)

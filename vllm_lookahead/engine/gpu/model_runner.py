@@ -30,7 +30,11 @@ from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.gpu.attention import install_tree_attention, slot_views
 from vllm_lookahead.engine.gpu.cudagraph import LookaheadCudaGraphManager
 from vllm_lookahead.engine.gpu.outputs import AsyncLookaheadOutput, Drafted
-from vllm_lookahead.engine.gpu.sampling import sample_along_trees, uses_history
+from vllm_lookahead.engine.gpu.sampling import (
+    fit_masks,
+    sample_along_trees,
+    uses_history,
+)
 from vllm_lookahead.engine.gpu.sizes import RequestSizes
 from vllm_lookahead.engine.gpu.speculator import LookaheadSpeculator
 from vllm_lookahead.engine.gpu.step import Plan, TreeStep
@@ -266,6 +270,9 @@ class LookaheadModelRunner(BaseModelRunner):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         self.drafted = None
+        if grammar_output is not None:
+            worker = self.structured_outputs_worker
+            grammar_output = fit_masks(worker, grammar_output)
         output = super().sample_tokens(grammar_output)
         if self.drafted is None:
             return output

@@ -2,7 +2,11 @@
 """A step's output on its way to the host, with what was really drafted."""
 
 import torch
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import (
+    AsyncModelRunnerOutput,
+    KVConnectorOutput,
+    ModelRunnerOutput,
+)
 from vllm.v1.worker.gpu.async_utils import stream
 
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
@@ -44,3 +48,7 @@ class AsyncLookaheadOutput(AsyncModelRunnerOutput):
         output, drafted = self.output.get_output(), self.drafted
         lengths = zip(drafted.request_ids, drafted.lengths.tolist(), strict=True)
         return LookaheadModelRunnerOutput.wrap(output, dict(lengths))
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """vLLM's; asked for, from 0.33 on, when `get_output` fails."""
+        return self.output.get_kv_connector_output()

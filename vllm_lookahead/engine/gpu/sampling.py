@@ -6,6 +6,8 @@ noise by seed and position, so a node draws what plain decoding would draw there
 and the tokens along the accepted path are plain decoding's.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.penalties import use_penalty
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
 from vllm_lookahead.core.tree import CANDIDATE, ROOT
 from vllm_lookahead.core.verify import Verdict
@@ -272,17 +275,49 @@ def _apply_grammar(
     """Mask the logits of requests first..end-1, in place."""
     ids = grammar_output.structured_output_request_ids
     req_ids = input_batch.req_ids[first:end]
-    drafts = input_batch.num_draft_tokens_per_req
-    of_request = dict(zip(input_batch.req_ids, drafts + 1, strict=True))
-    starts = np.cumsum([0, *(of_request[r] for r in ids)])
     inside = set(req_ids)
     chosen = [i for i, r in enumerate(ids) if r in inside]
     if not chosen:
         return
+    drafts = input_batch.num_draft_tokens_per_req
+    of_request = dict(zip(input_batch.req_ids, drafts + 1, strict=True))
+    worker = runner.structured_outputs_worker
+    starts = mask_starts(worker, [of_request[r] for r in ids])
     masks = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
-    runner.structured_outputs_worker.apply_grammar_bitmask(
+    worker.apply_grammar_bitmask(
         logits,
         _Rows(req_ids, cu_rows, input_batch.cu_num_logits_np, drafts[first:end]),
         [ids[i] for i in chosen],
         grammar_output.grammar_bitmask[masks],
     )
+
+
+def mask_starts(worker: StructuredOutputsWorker, counts: Sequence[int]) -> np.ndarray:
+    """Where each grammar request's rows begin in the scheduler's bitmask.
+
+    Args:
+        worker: vLLM's. That of 0.33 gives every request `mask_stride` rows, that of
+            0.32, which knows of bonus tokens, as many as it has scheduled tokens.
+        counts: scheduled tokens of each request, drafts and one.
+
+    Returns:
+        [len(counts) + 1] int64, the last one the number of all rows.
+    """
+    if not hasattr(worker, "num_bonus_tokens"):
+        counts = [worker.mask_stride] * len(counts)
+    return np.cumsum([0, *counts])
+
+
+def fit_masks(
+    worker: StructuredOutputsWorker, grammar_output: GrammarOutput
+) -> GrammarOutput:
+    """The rows of bitmask that vLLM 0.33's worker has room for.
+
+    They are `mask_stride` a request. vLLM's warm-up sends as many as a request may
+    have tokens in a step, which of a tree are more.
+    """
+    if hasattr(worker, "num_bonus_tokens"):
+        return grammar_output
+    rows = len(grammar_output.structured_output_request_ids) * worker.mask_stride
+    bitmask = grammar_output.grammar_bitmask[:rows]
+    return replace(grammar_output, grammar_bitmask=bitmask)
