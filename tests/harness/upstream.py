@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints of what lookahead takes from vLLM, by version.
+
+    python -m tests.harness.upstream FOLDER...     record those of the vLLMs there
+
+Taken are: every name imported from vLLM, every method that a subclass overrides, every
+patched symbol, and `CALLED`. A fingerprint has the signature and a hash of the code
+without comments and docstrings. Nothing of vLLM is imported, so that versions which
+cannot run here are read, too.
+"""
+
+import ast
+import copy
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+RECORD = Path(__file__).with_name("upstream.json")
+PACKAGE = Path(__file__).parents[2] / "vllm_lookahead"
+GPU = "vllm.v1.worker.gpu"
+# What is reached through objects or at run time, where no import shows it.
+CALLED = [
+    *(
+        f"{GPU}.model_runner:GPUModelRunner.{name}"
+        for name in ("__init__", "postprocess_sampled", "_dummy_run")
+    ),
+    f"{GPU}.block_table:BlockTables.gather_block_tables",
+    f"{GPU}.cudagraph_utils:ModelCudaGraphManager.capture",
+    f"{GPU}.sample.sampler:Sampler.sample",
+    f"{GPU}.sample.sampler:Sampler.get_logprobs_dims",
+    f"{GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
+    f"{GPU}.warmup:warmup_kernels",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
+    "vllm.v1.attention.backends.flashinfer:FlashInferMetadataBuilder.build",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+    "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+    "vllm.v1.structured_output:StructuredOutputManager.grammar_bitmask",
+    "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
+]
+
+
+class Source:
+    """The Python of one vLLM, in a folder that has the package `vllm`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tree = cache(self._tree)
+
+    def _tree(self, module: str) -> ast.Module:
+        path = self.folder.joinpath(*module.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        return ast.parse(file.read_text())
+
+    def find(self, symbol: str) -> tuple[str, ast.AST] | None:
+        """The module and the definition of "module:Class.name", if there is one.
+
+        A name that a module imports is looked for where it comes from, a method that a
+        class inherits in the first base that has it.
+        """
+        module, _, path = symbol.partition(":")
+        name, _, rest = path.partition(".")
+        try:
+            tree = self.tree(module)
+        except FileNotFoundError:
+            return None
+        for node in ast.walk(tree):
+            defined = getattr(node, "name", None)
+            if isinstance(node, ast.Assign):
+                targets = [t.id for t in node.targets if isinstance(t, ast.Name)]
+                defined = name if name in targets else None
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined = node.target.id
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if alias.name == "*" or name == (alias.asname or alias.name):
+                        original = name if alias.name == "*" else alias.name
+                        start = f"{self._origin(module, node)}:{original}"
+                        if found := self.find(f"{start}.{rest}" if rest else start):
+                            return found
+                continue
+            if defined == name:
+                if not rest:
+                    return module, node
+                return self._member(module, node, rest)
+        if self.folder.joinpath(*module.split("."), f"{name}.py").exists():
+            return module, ast.Module([], [])  # a module of its own
+        return None
+
+    def _origin(self, module: str, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        is_package = self.folder.joinpath(*module.split(".")).is_dir()
+        parts = module.split(".")
+        parts = parts[: len(parts) - node.level + is_package]
+        return ".".join([*parts, *filter(None, [node.module])])
+
+    def _member(
+        self, module: str, owner: ast.AST, name: str
+    ) -> tuple[str, ast.AST] | None:
+        for node in getattr(owner, "body", []):
+            if getattr(node, "name", None) == name:
+                return module, node
+        for base in getattr(owner, "bases", []):
+            found = self.find(f"{module}:{ast.unparse(base)}.{name}")
+            if found:
+                return found
+        return None
+
+    def version(self) -> str:
+        text = (self.folder / "vllm" / "_version.py").read_text()
+        line = next(x for x in text.splitlines() if x.startswith("__version__ ="))
+        return ast.literal_eval(line.split("=")[-1].strip())
+
+
+def fingerprint(node: ast.AST) -> list[str]:
+    """The signature, or the kind of what has none, and a hash of the code."""
+    node, kind = copy.deepcopy(node), type(node).__name__
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        kind = ast.unparse(node.args)
+    if isinstance(node, ast.ClassDef):
+        # Of a class what it is made of; its methods are symbols of their own.
+        node.body = [x for x in node.body if not isinstance(x, ast.FunctionDef)]
+        node.body = node.body or [ast.Pass()]
+    for inner in ast.walk(node):
+        body = getattr(inner, "body", None)
+        if isinstance(body, list) and len(body) > 1 and _is_text(body[0]):
+            del body[0]
+    return [kind, hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:12]]
+
+
+def _is_text(statement: ast.AST) -> bool:
+    value = getattr(statement, "value", None)
+    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant)
+
+
+def taken() -> list[str]:
+    """Every symbol of vLLM that lookahead imports, overrides, patches or calls."""
+    symbols = set(CALLED)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        symbols.update(_imported_and_overridden(ast.parse(path.read_text())))
+    for path in (PACKAGE / "engine" / "patches").glob("*.py"):
+        patch = import_module(f"vllm_lookahead.engine.patches.{path.stem}")
+        symbols.update(filter(None, [getattr(patch, "TARGET", None)]))
+    return sorted(symbols)
+
+
+def _imported_and_overridden(tree: ast.Module) -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
+            for alias in node.names:
+                symbol = f"{node.module}:{alias.name}"
+                names.setdefault(alias.asname or alias.name, []).append(symbol)
+                yield symbol
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            for target in node.targets:  # Base = GPUModelRunner
+                if isinstance(target, ast.Name):
+                    names.setdefault(target.id, []).extend(names.get(node.value.id, []))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            bases = [ast.unparse(base).split(".")[-1] for base in node.bases]
+            for base in (symbol for b in bases for symbol in names.get(b, [])):
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef):
+                        yield f"{base}.{method.name}"
+
+
+def fingerprints(folder: Path) -> tuple[str, dict[str, list[str]]]:
+    """The version in a folder, and the fingerprints of all that is taken from it.
+
+    Left out are names that it does not have: a subclass's own, or another version's.
+    """
+    source = Source(folder)
+    found = {symbol: source.find(symbol) for symbol in taken()}
+    prints = {symbol: fingerprint(x[1]) for symbol, x in found.items() if x}
+    return source.version(), prints
+
+
+def moved(record: dict[str, list[str]], prints: dict[str, list[str]]) -> list[str]:
+    """What differs, by symbol: gone, new, another signature, or other code."""
+    seams = []
+    for symbol in sorted(record.keys() | prints.keys()):
+        before, now = record.get(symbol), prints.get(symbol)
+        if before is None or now is None:
+            seams.append(f"{symbol}: {'new' if now else 'gone'}")
+        elif before[0] != now[0]:
+            seams.append(f"{symbol}: ({before[0]}) became ({now[0]})")
+        elif before != now:
+            seams.append(f"{symbol}: its code changed")
+    return seams
+
+
+def main(folders: list[str]) -> None:
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for folder in folders:
+        version, prints = fingerprints(Path(folder))
+        record[version] = prints
+    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
