@@ -19,7 +19,7 @@ from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE
-from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
 OPS: dict[str, TorchOps | NumbaOps] = {"torch": TorchOps(), "numba": NumbaOps()}

@@ -11,7 +11,7 @@ from vllm_lookahead.core.best_first import Hints, Rejected
 from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
-from vllm_lookahead.cpu_kernels.ops import NumbaOps
+from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.params import LookaheadParams
 
 # Chance from which a node is drafted: as many as there is room for, nearly.

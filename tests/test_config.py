@@ -91,7 +91,7 @@ def test_a_cpu_schedules_ahead_unless_told_otherwise(tmp_path: Path) -> None:
 def test_vllm_takes_the_config_through(tmp_path: Path) -> None:
     config = engine_config(write_config(tmp_path), async_scheduling=True)
     assert type(config.speculative_config) is LookaheadConfig
-    assert config.parallel_config.worker_cls == support.CPU_WORKER
+    assert config.parallel_config.worker_cls == support.V1_WORKER
     assert config.scheduler_config.scheduler_cls == support.SCHEDULER
     sent = pickle.loads(pickle.dumps(config))
     assert sent.speculative_config == config.speculative_config
@@ -230,11 +230,11 @@ def test_an_unused_window_is_no_obstacle(changes: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("platform", "triton", "wanted", "worker", "line"),
     [
-        ("cpu", False, None, support.CPU_WORKER, "V1 model runner: Triton is not"),
-        ("cpu", False, True, support.GPU_WORKER, "V2 model runner: VLLM_USE_V2"),
-        ("cpu", True, None, support.GPU_WORKER, "V2 model runner: Triton is there"),
-        ("cpu", True, False, support.CPU_WORKER, "V2_MODEL_RUNNER=0 says so"),
-        ("cuda", True, None, support.GPU_WORKER, "V2 model runner: Triton is there"),
+        ("cpu", False, None, support.V1_WORKER, "V1 model runner: Triton is not"),
+        ("cpu", False, True, support.V2_WORKER, "V2 model runner: VLLM_USE_V2"),
+        ("cpu", True, None, support.V2_WORKER, "V2 model runner: Triton is there"),
+        ("cpu", True, False, support.V1_WORKER, "V2_MODEL_RUNNER=0 says so"),
+        ("cuda", True, None, support.V2_WORKER, "V2 model runner: Triton is there"),
         ("cuda", True, False, None, ""),
         ("xpu", True, None, None, ""),
     ],
@@ -269,9 +269,9 @@ def test_the_worker_follows_platform_and_runner(
 @pytest.mark.parametrize(
     ("wanted", "worker", "line"),
     [
-        (None, support.GPU_WORKER, "vLLM's V2 model runner: Triton is there for"),
-        ("0", support.CPU_WORKER, "V1 model runner: VLLM_USE_V2_MODEL_RUNNER=0 says"),
-        ("1", support.GPU_WORKER, "V2 model runner: VLLM_USE_V2_MODEL_RUNNER=1 says"),
+        (None, support.V2_WORKER, "vLLM's V2 model runner: Triton is there for"),
+        ("0", support.V1_WORKER, "V1 model runner: VLLM_USE_V2_MODEL_RUNNER=0 says"),
+        ("1", support.V2_WORKER, "V2 model runner: VLLM_USE_V2_MODEL_RUNNER=1 says"),
     ],
 )
 def test_a_cpu_with_triton(

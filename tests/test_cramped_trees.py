@@ -11,7 +11,7 @@ from tests.scheduling import BLOCK, Driver, N, T
 from vllm_lookahead.engine import support
 
 
-@pytest.mark.parametrize("worker", [support.CPU_WORKER, support.GPU_WORKER])
+@pytest.mark.parametrize("worker", [support.V1_WORKER, support.V2_WORKER])
 def test_nobody_is_preempted_for_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str
 ) -> None:

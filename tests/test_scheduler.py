@@ -18,7 +18,7 @@ from vllm_lookahead.engine.shares import MAX_TREE_TOKENS, nodes_within, tree_sha
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
     model = write_config(tmp_path, max_position_embeddings=65536)
-    return lambda worker=support.GPU_WORKER, **sizes: Driver(model, worker, **sizes)
+    return lambda worker=support.V2_WORKER, **sizes: Driver(model, worker, **sizes)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 60, 200])
@@ -80,7 +80,7 @@ def test_small_trees_leave_more(make: Any) -> None:
 
 
 def test_trees_leave_half_of_a_small_budget(make: Any) -> None:
-    driver = make(support.CPU_WORKER)
+    driver = make(support.V1_WORKER)
     ids = driver.add(20, 200)
     driver.step()
     (long,) = driver.add(20000)

@@ -13,9 +13,9 @@ from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.engine.gpu.sizes import RequestSizes
-from vllm_lookahead.engine.gpu.step import Plan, TreeStep
-from vllm_lookahead.engine.gpu.trees import TreeSlots
+from vllm_lookahead.engine.v2.sizes import RequestSizes
+from vllm_lookahead.engine.v2.step import Plan, TreeStep
+from vllm_lookahead.engine.v2.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels import pool
 from vllm_lookahead.triton_kernels.mask import build_mask

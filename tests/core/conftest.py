@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_lookahead.core.ops import LookaheadOps, TorchOps
-from vllm_lookahead.cpu_kernels.ops import NumbaOps
+from vllm_lookahead.numba_kernels.ops import NumbaOps
 
 
 class WithChains(NumbaOps):

@@ -13,7 +13,7 @@ from vllm_lookahead.core.noise import gumbel_noise
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import CANDIDATE
-from vllm_lookahead.cpu_kernels.ops import NumbaOps
+from vllm_lookahead.numba_kernels.ops import NumbaOps
 
 # After token t the model says t + 1, then t + 2 and t + 3, a logit less each.
 COUNTING = torch.arange(50)[:, None].int() + torch.tensor([1, 2, 3]).int()

@@ -9,8 +9,8 @@ from tests.core.equivalence import SHAPES, random_samples, random_state
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
-from vllm_lookahead.cpu_kernels.layout import lay_out, size_trees
-from vllm_lookahead.cpu_kernels.walk import Walk
+from vllm_lookahead.numba_kernels.layout import lay_out, size_trees
+from vllm_lookahead.numba_kernels.walk import Walk
 
 MAX_MODEL_LEN = 60  # within reach of some windows
 

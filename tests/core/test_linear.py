@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_lookahead.cpu_kernels.linear import linear
+from vllm_lookahead.numba_kernels.linear import linear
 
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 SHAPES = [(1, 1, 16), (2, 3, 48), (3, 5, 64), (7, 2, 80), (8, 33, 176), (19, 4, 256)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The noise of vLLM's sampler; that it is the sampler's is in tests/cpu."""
+"""The noise of vLLM's sampler; that it is the sampler's is in tests/v1."""
 
 import torch
 

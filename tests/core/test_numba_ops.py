@@ -20,7 +20,7 @@ from tests.core.equivalence import (
 from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.cpu_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -79,8 +79,8 @@ def test_compaction_takes_caches_of_any_kind(dtype, shape):
 WARM_UP = """
 import importlib, pkgutil
 import torch
-from vllm_lookahead import cpu_kernels
-from vllm_lookahead.cpu_kernels.ops import warm_up
+from vllm_lookahead import numba_kernels
+from vllm_lookahead.numba_kernels.ops import warm_up
 from vllm_lookahead.params import LookaheadParams
 
 cache = torch.randn(2, 3, 16, 4).bfloat16().permute(0, 2, 1, 3)
@@ -88,8 +88,8 @@ before = cache.clone()
 for sizes in [(5, 4, 5), (0, 8, 8), (1, 2, 0)]:
     warm_up(LookaheadParams(*sizes), 16, [cache])
 assert torch.equal(cache, before)
-for _, module, _ in pkgutil.iter_modules(cpu_kernels.__path__):
-    found = importlib.import_module(f"vllm_lookahead.cpu_kernels.{module}")
+for _, module, _ in pkgutil.iter_modules(numba_kernels.__path__):
+    found = importlib.import_module(f"vllm_lookahead.numba_kernels.{module}")
     for name, kernel in vars(found).items():
         if hasattr(kernel, "signatures") and kernel.__module__ == found.__name__:
             print(f"{module}.{name}", len(kernel.signatures))

@@ -44,7 +44,7 @@ OURS = [Path(package.__file__).parent for package in (vllm_lookahead, triton_ker
 PACKAGES = [*OURS, Path(vllm.__file__).parent]
 STAND_INS = [  # for what a GPU runs itself
     Path(__file__).with_name("interpreter.py"),
-    OURS[0] / "engine" / "gpu" / "cpu_attention.py",
+    OURS[0] / "engine" / "v2" / "cpu_attention.py",
 ]
 
 

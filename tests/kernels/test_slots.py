@@ -15,10 +15,10 @@ from vllm.sampling_params import SamplingParams
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree, build_tree
-from vllm_lookahead.engine.gpu.sizes import NGRAM, TREE, VERIFY, RequestSizes
-from vllm_lookahead.engine.gpu.sizes import WINDOW as W_ROW
-from vllm_lookahead.engine.gpu.step import Plan, TreeStep
-from vllm_lookahead.engine.gpu.trees import TreeSlots
+from vllm_lookahead.engine.v2.sizes import NGRAM, TREE, VERIFY, RequestSizes
+from vllm_lookahead.engine.v2.sizes import WINDOW as W_ROW
+from vllm_lookahead.engine.v2.step import Plan, TreeStep
+from vllm_lookahead.engine.v2.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 

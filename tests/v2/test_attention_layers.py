@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_lookahead.engine.gpu import attention
+from vllm_lookahead.engine.v2 import attention
 
 FP8 = torch.float8_e4m3fn
 
@@ -164,10 +164,10 @@ def test_known_backends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_lookahead.engine.gpu.worker import LookaheadGPUWorker
+    from vllm_lookahead.engine.v2.worker import LookaheadWorker
 
     specs = {str(size): SimpleNamespace(block_size=size) for size in (16, 32)}
-    worker = object.__new__(LookaheadGPUWorker)
+    worker = object.__new__(LookaheadWorker)
     monkeypatch.setattr(worker, "get_kv_cache_spec", lambda: specs, raising=False)
     with pytest.raises(ValueError, match=r"blocks have \[16, 32\] tokens"):
         worker.determine_available_memory()

@@ -18,20 +18,20 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 from tests.hf_config import write_config
 from tests.scheduling import BATCHED, BLOCK, OFF, SIZES, Driver
-from vllm_lookahead.engine.gpu.cudagraph import (
-    PADDING,
-    REQUESTS,
-    LookaheadCudaGraphManager,
-)
-from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
-from vllm_lookahead.engine.gpu.sizes import RequestSizes
 from vllm_lookahead.engine.shares import (
     MAX_TREE_TOKENS,
     nodes_within,
     tree_budget,
     tree_share,
 )
-from vllm_lookahead.engine.support import GPU_WORKER
+from vllm_lookahead.engine.support import V2_WORKER
+from vllm_lookahead.engine.v2.cudagraph import (
+    PADDING,
+    REQUESTS,
+    LookaheadCudaGraphManager,
+)
+from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.params import LookaheadParams
 
 FULL = LookaheadParams(**SIZES)
@@ -105,7 +105,7 @@ def test_batches_of_the_scheduler(
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
     most = 64
     manager = make_manager(monkeypatch, max_num_seqs=most)
-    driver = Driver(write_config(tmp_path, max_position_embeddings=65536), GPU_WORKER)
+    driver = Driver(write_config(tmp_path, max_position_embeddings=65536), V2_WORKER)
     sizes = RequestSizes(most, FULL)
     slots: dict[str, int] = {}
     runner: Any = SimpleNamespace(
@@ -137,7 +137,7 @@ def test_a_tree_wider_than_the_share_of_many(
     """One request is fed all of it, window and all."""
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
     model = write_config(tmp_path, max_position_embeddings=65536)
-    driver, tree = Driver(model, GPU_WORKER, **asdict(params)), params.max_tree_size
+    driver, tree = Driver(model, V2_WORKER, **asdict(params)), params.max_tree_size
     assert tree > MAX_TREE_TOKENS
     sizes = RequestSizes(4, params)
     (name,) = driver.add(20)

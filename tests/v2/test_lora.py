@@ -3,10 +3,10 @@
 
 from pathlib import Path
 
-from tests.cpu.test_lora import ENABLED
 from tests.harness.adapters import make_adapter
 from tests.harness.engines import Engines
 from tests.harness.jobs import ACCEPTED, in_batches, request, same_as_plain
+from tests.v1.test_lora import ENABLED
 
 
 def test_two_adapters_and_none(engines: Engines, tmp_path: Path) -> None:

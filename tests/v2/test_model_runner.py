@@ -18,9 +18,9 @@ from tests.harness.jobs import (
     same_as_plain,
     same_outputs,
 )
-from vllm_lookahead.engine.gpu import model_runner, outputs
-from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
-from vllm_lookahead.engine.gpu.step import TreeStep
+from vllm_lookahead.engine.v2 import model_runner, outputs
+from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.v2.step import TreeStep
 from vllm_lookahead.params import LookaheadParams
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams
 
-from vllm_lookahead.engine.gpu.sizes import RequestSizes
+from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.params import LookaheadParams
 
 

@@ -17,7 +17,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.shares import nodes_within, tree_budget, tree_share
-from vllm_lookahead.engine.support import GPU_WORKER
+from vllm_lookahead.engine.support import V2_WORKER
 from vllm_lookahead.params import LookaheadParams, request_params
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LookaheadScheduler(Scheduler):
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Self:
         # `EngineArgs` names the class before vLLM settles async scheduling.
         if cls is LookaheadScheduler and vllm_config.scheduler_config.async_scheduling:
-            from vllm_lookahead.engine.gpu.scheduler import LookaheadAsyncScheduler
+            from vllm_lookahead.engine.v2.scheduler import LookaheadAsyncScheduler
 
             return super().__new__(LookaheadAsyncScheduler)
         return super().__new__(cls)
@@ -54,7 +54,7 @@ class LookaheadScheduler(Scheduler):
         self.token_limit = self.max_num_scheduled_tokens
         # Only the GPU engine's trees share a step's tokens.
         worker = self.vllm_config.parallel_config.worker_cls
-        self.trees_share = worker == GPU_WORKER
+        self.trees_share = worker == V2_WORKER
         # Nodes of each tree of this step that are no placeholders, by request id.
         self.uncounted: dict[str, int] = {}
         # Those of them that the K/V cache has no slots for.

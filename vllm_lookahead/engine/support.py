@@ -11,9 +11,9 @@ from vllm.triton_utils import HAS_TRITON
 
 logger = init_logger("vllm.lookahead")
 
-CPU_EXECUTOR = "vllm_lookahead.engine.cpu.executor.LookaheadExecutor"
-CPU_WORKER = "vllm_lookahead.engine.cpu.worker.LookaheadCPUWorker"
-GPU_WORKER = "vllm_lookahead.engine.gpu.worker.LookaheadGPUWorker"
+V1_EXECUTOR = "vllm_lookahead.engine.v1.executor.LookaheadExecutor"
+V1_WORKER = "vllm_lookahead.engine.v1.worker.LookaheadCPUWorker"
+V2_WORKER = "vllm_lookahead.engine.v2.worker.LookaheadWorker"
 SCHEDULER = "vllm_lookahead.engine.scheduler.LookaheadScheduler"
 
 
@@ -44,7 +44,7 @@ def worker_class() -> str:
     logger.info(
         "Lookahead runs in vLLM's %s model runner: %s.", "V2" if is_v2 else "V1", reason
     )
-    return GPU_WORKER if is_v2 else CPU_WORKER
+    return V2_WORKER if is_v2 else V1_WORKER
 
 
 def refuse(found: Mapping[str, bool]) -> None:

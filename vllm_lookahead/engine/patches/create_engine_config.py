@@ -23,17 +23,17 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if not asked_for(self):
             return config
 
-        from vllm_lookahead.engine.support import CPU_EXECUTOR, CPU_WORKER
+        from vllm_lookahead.engine.support import V1_EXECUTOR, V1_WORKER
 
         parallel = config.parallel_config
-        if parallel.worker_cls == CPU_WORKER:
+        if parallel.worker_cls == V1_WORKER:
             config.scheduler_config.async_scheduling = (
                 self.async_scheduling is not False
             )
             # Images reach a worker by `execute_model` alone.
             has_images = config.model_config.is_multimodal_model
             if parallel.distributed_executor_backend == "mp" and not has_images:
-                parallel.distributed_executor_backend = CPU_EXECUTOR
+                parallel.distributed_executor_backend = V1_EXECUTOR
         return config
 
     return create_engine_config

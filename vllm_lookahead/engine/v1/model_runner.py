@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V1 model runner, widened.
+
+The scheduler sends each drafting request N-1 placeholders. The runner replaces
+them with a draft tree before vLLM prepares its inputs, samples along the tree, and
+hands vLLM the tokens that were emitted. Everything else is plain vLLM.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import (
+    CachedRequestData,
+    GrammarOutput,
+    SchedulerOutput,
+)
+from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_lookahead.core.draft_size import DraftSizePolicy
+from vllm_lookahead.core.pages import EMPTY, BlockPages, page_bytes
+from vllm_lookahead.engine.bigrams import ask_model
+from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
+from vllm_lookahead.engine.support import refuse
+from vllm_lookahead.engine.v1 import linear
+from vllm_lookahead.engine.v1.attention import slot_views
+from vllm_lookahead.engine.v1.sampling import sample_along_trees
+from vllm_lookahead.engine.v1.step import TreeStep
+from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.params import LookaheadParams, request_params
+
+logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
+
+
+class LookaheadCPUModelRunner(CPUModelRunner):
+    """CPUModelRunner that feeds draft trees.
+
+    Attributes:
+        params: the server's sizes.
+        is_scheduled_ahead: whether a step is scheduled before the last one ended.
+        pages: block-resident state, allocated with the K/V cache.
+        bigrams: [V, R] int32, see `core.bigrams`; V is 0 before the model was asked.
+        bigram_logits: [V, R] float32 of them.
+        slot_views: the K/V that compaction moves, none where trees are chains.
+        step: the trees of the step in flight, None in a step without any.
+        last_step: those of the step before.
+        feeds_alone: whether a step of trees alone needs nothing of vLLM's inputs.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        device: torch.device,
+        params: LookaheadParams,
+        is_scheduled_ahead: bool,
+    ) -> None:
+        fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
+        refuse({"kv_sharing_fast_prefill": fast_prefill})
+        super().__init__(vllm_config, device)
+        self.params = params
+        self.is_scheduled_ahead = is_scheduled_ahead
+        self.ops = NumbaOps()
+        self.pages: BlockPages
+        self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
+        self.bigram_logits = torch.zeros(0, 0)
+        self.slot_views: list[torch.Tensor] = []
+        self.step: TreeStep | None = None
+        self.last_step: TreeStep | None = None
+        self.idle_generators: dict[int, torch.Generator] = {}
+        self.feeds_alone = False
+        self.request_params: dict[str, LookaheadParams] = {}
+        self.policy = DraftSizePolicy()
+        self.step_start = time.perf_counter()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if linear.is_useful():
+            num_layers = linear.replace_linear_layers(self.model)
+            logger.info("%d layers multiply the rows of a tree at once.", num_layers)
+
+    def page_share(self) -> float:
+        """The part of K/V memory that pages take."""
+        specs = self.get_kv_cache_spec().values()
+        kv_bytes = sum(spec.page_size_bytes for spec in specs)
+        block_size = next(iter(specs)).block_size
+        pages = page_bytes(block_size, self.params)
+        return pages / (pages + kv_bytes)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any):
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        block_tables = self.input_batch.block_table.block_tables
+        block_size = block_tables[0].block_size
+        shared = all(t.slot_mapping.gpu is t.slot_mapping.cpu for t in block_tables)
+        plain = not (self.lora_config or self.enable_prompt_embeds)
+        one_group = len(self.attn_groups) == len(self.attn_groups[0]) == 1
+        self.feeds_alone = one_group and shared and plain
+        self.pages = BlockPages.allocate(
+            kv_cache_config.num_blocks, block_size, self.params
+        )
+        if self.params.can_branch:
+            self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]
+        warm_up(self.params, block_size, self.slot_views)
+        logger.info(
+            "Lookahead is on: window_size=%d, ngram_size=%d, "
+            "verification_set_size=%d, at most %d tokens per request and step; "
+            "its pages take %.1f MiB, %.2f%% of the KV cache memory.",
+            self.params.window_size,
+            self.params.ngram_size,
+            self.params.verification_set_size,
+            self.params.max_tree_size,
+            page_bytes(block_size, self.params) * kv_cache_config.num_blocks / 2**20,
+            100 * self.page_share(),
+        )
+
+    def ask_model(self) -> None:
+        if self.params.verification_set_size:
+            tables = ask_model(self.model, self.vllm_config, self.device)
+            if tables is not None:
+                self.bigrams, self.bigram_logits = tables
+
+    def needs_plain_rows(self) -> bool:
+        """Whether the batch cannot be sampled along trees: one row per request."""
+        metadata = self.input_batch.sampling_metadata
+        holder = metadata.thinking_budget_state_holder
+        tracks = holder is not None and holder.has_tracked_requests()
+        return tracks or metadata.max_num_logprobs == -1
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Widening must not reach the scheduler's own copy.
+        scheduler_output = replace(
+            scheduler_output,
+            scheduled_cached_reqs=self._corrected(
+                scheduler_output.scheduled_cached_reqs
+            ),
+            num_scheduled_tokens=scheduler_output.num_scheduled_tokens.copy(),
+            scheduled_spec_decode_tokens=(
+                scheduler_output.scheduled_spec_decode_tokens.copy()
+            ),
+        )
+        self._start_step()
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        may_sample = not scheduler_output.has_structured_output_requests
+        if output is None and may_sample and not self.is_scheduled_ahead:
+            # No grammar to wait for: save the scheduler a round trip.
+            return self.sample_tokens(None)
+        return output
+
+    def _corrected(self, cached: CachedRequestData) -> CachedRequestData:
+        """Cached requests with the true count of computed tokens.
+
+        A scheduler one step ahead takes every draft for accepted. All tokens but
+        the last one sampled are computed once a prompt is.
+        """
+        num_computed_tokens = [
+            min(computed, self.requests[request_id].num_tokens - 1)
+            for request_id, computed in zip(
+                cached.req_ids, cached.num_computed_tokens, strict=True
+            )
+        ]
+        return replace(cached, num_computed_tokens=num_computed_tokens)
+
+    def _start_step(self) -> None:
+        now, last = time.perf_counter(), self.step
+        if last is not None and last.verdict is not None and last.only_decodes:
+            has_learned = self.policy.observe_step(
+                now - self.step_start,
+                last.num_requests,
+                last.num_tokens,
+                int(last.verdict.num_emitted.sum()),
+                last.promised,
+            )
+            if has_learned and get_tp_group().world_size > 1:
+                # Every rank must draft the same, and each has a clock of its own.
+                get_tp_group().broadcast(self.policy.least)
+        self.last_step, self.step, self.step_start = last, None, now
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self.request_params.pop(request_id, None)
+        result = super()._update_states(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            sampling = request.sampling_params
+            params = request_params(sampling and sampling.extra_args, self.params)
+            if params is not None:
+                self.request_params[request.req_id] = params
+        if scheduler_output.scheduled_spec_decode_tokens:
+            self.step = TreeStep.propose(self, scheduler_output)
+        return result
+
+    def _lone_step(self) -> TreeStep | None:
+        """`step`, if it makes all inputs itself."""
+        step = self.step
+        if step is None or step.verdict is not None:
+            return None
+        return step if self.feeds_alone and step.only_decodes else None
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        total = scheduler_output.total_num_scheduled_tokens
+        if step := self._lone_step():
+            slots = step.feed_alone(self)
+            self.ops.write_tokens(self.pages, slots, step.batch.root)
+            rows = step.flat.logits_indices
+            # A slice makes no copy of the hidden states.
+            every = len(rows) == total
+            return slice(total) if every else torch.from_numpy(rows), None, 1
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        slots = self.input_batch.block_table[0].slot_mapping.cpu[:total]
+        if self.step is None:
+            self.ops.write_tokens(self.pages, slots, self._tokens(total))
+            return prepared
+        self.step.feed(self)
+        flat = self.step.flat
+        if self.lora_config:  # vLLM saw one row of logits per request
+            num_rows = np.diff(flat.logits_start)
+            self.set_active_loras(self.input_batch, num_scheduled_tokens, num_rows)
+        final = slots.where(torch.from_numpy(flat.is_final), -1)
+        self.ops.write_tokens(self.pages, final, self._tokens(total))
+        return torch.from_numpy(flat.logits_indices), *prepared[1:]
+
+    def _tokens(self, total: int) -> torch.Tensor:
+        """[total] int32 of the batch, EMPTY where a prompt is embeddings."""
+        tokens = self.input_ids.cpu[:total]
+        if not self.enable_prompt_embeds:
+            return tokens
+        return tokens.where(self.is_token_ids.cpu[:total], EMPTY)
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if step := self._lone_step():
+            (group,) = self.attn_groups[0]
+            shared = group.build_metadata(step.attention_inputs(self))
+            metadata, common = dict.fromkeys(group.layer_names, shared), None
+        else:
+            metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        if self.step is not None and self.params.can_branch:
+            trees = self.step.tree_rows(self)
+            for layer in metadata.values():
+                layer.trees = trees
+        return metadata, common
+
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+        # A prompt chunk samples a token that is thrown away. vLLM then winds the
+        # seeded generator back, which a CPU generator cannot: draw nothing instead.
+        generators = self.input_batch.generators
+        chunks = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        for i in chunks[0].tolist():
+            if i in generators:
+                self.idle_generators[i] = generators.pop(i)
+        if self.step is None:
+            return super()._sample(logits, spec_decode_metadata)
+        output, sampled, verdict = sample_along_trees(self, self.step, logits)
+        batch, tree = self.step.batch, self.step.tree
+        if self.slot_views:
+            self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
+        self.ops.update(self.pages, batch, tree, sampled, verdict)
+        self.step.finish(logits, verdict)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._bookkeeping_sync(*args, **kwargs)
+        self.input_batch.generators.update(self.idle_generators)
+        self.idle_generators.clear()
+        return result
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        step, self_output = self.step, super().sample_tokens(grammar_output)
+        if step is None or not isinstance(self_output, ModelRunnerOutput):
+            return self_output
+        return LookaheadModelRunnerOutput.wrap(self_output, step.num_draft_tokens())

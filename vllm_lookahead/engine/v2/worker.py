@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V2 worker: vLLM's, with a lookahead model runner."""
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.mem_utils import format_gib
+
+from vllm_lookahead.core.pages import page_bytes
+from vllm_lookahead.engine.patches import install
+from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.v2.warm_up import warm_up
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as BaseWorker
+
+logger = init_logger("vllm.lookahead")
+
+
+class LookaheadWorker(BaseWorker):
+    model_runner: Any
+
+    def _make_model_runner(self) -> Any:
+        return LookaheadModelRunner(self.vllm_config, self.device)
+
+    def init_device(self) -> None:
+        install(["sampler_warmups"])
+        super().init_device()
+        # The CPU worker does not ask `_make_model_runner`.
+        if not isinstance(self.model_runner, LookaheadModelRunner):
+            self.model_runner = self._make_model_runner()
+
+    def compile_or_warm_up_model(self) -> Any:
+        self.model_runner.ask_model()
+        warm_up(self.model_runner)
+        return super().compile_or_warm_up_model()
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """Memory for K/V, less what the pages take."""
+        specs = self.get_kv_cache_spec().values()
+        block_sizes = {spec.block_size for spec in specs}
+        if len(block_sizes) != 1:
+            raise ValueError(
+                "lookahead needs one kind of K/V cache; this model's blocks have "
+                f"{sorted(block_sizes)} tokens: start without lookahead"
+            )
+        available = super().determine_available_memory()
+        kv = sum(spec.page_size_bytes for spec in specs)
+        page = page_bytes(block_sizes.pop(), self.model_runner.lookahead)
+        pages = available * page // (kv + page)
+        logger.info(
+            "Lookahead pages take %s GiB, %.2f%% of the K/V cache's memory",
+            format_gib(pages),
+            100 * page / (kv + page),
+        )
+        return available - pages

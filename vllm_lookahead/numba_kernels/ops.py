@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of a lookahead step in Numba: what a CPU runs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.best_first import Hints, Rejected
+from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.numba_kernels import attention as attention_lib
+from vllm_lookahead.numba_kernels import best_first
+from vllm_lookahead.numba_kernels import mask as mask_lib
+from vllm_lookahead.numba_kernels import update as update_lib
+from vllm_lookahead.numba_kernels import verify as verify_lib
+from vllm_lookahead.numba_kernels.layout import ROW, feed_trees, lay_out, size_trees
+from vllm_lookahead.numba_kernels.walk import Walk
+from vllm_lookahead.params import LookaheadParams
+
+
+class NumbaOps:
+    """On CPU tensors, with the results of `TorchOps`. Trees are grown best first."""
+
+    write_tokens = staticmethod(update_lib.write_tokens)
+    grow = staticmethod(best_first.grow)
+    ancestors = staticmethod(mask_lib.ancestors)
+    verify = staticmethod(verify_lib.verify)
+    compact = staticmethod(verify_lib.compact)
+    update = staticmethod(update_lib.update)
+
+
+def warm_up(
+    params: LookaheadParams, block_size: int, caches: Sequence[torch.Tensor] = ()
+) -> None:
+    """Compile every kernel, or load it from Numba's cache, before the first step.
+
+    Args:
+        params: sizes to try.
+        block_size: tokens per block.
+        caches: as `compact` will get them: the kernel that moves their K/V depends
+            on dtype and layout. Nothing in them changes.
+    """
+    ops = NumbaOps()
+    pages = BlockPages.allocate(1, block_size, params)
+
+    def one(value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32)
+
+    batch = RequestBatch(
+        block_table=one(0)[None],
+        position=one(1),
+        root=one(0),
+        window_size=one(params.window_size),
+        ngram_size=one(params.ngram_size),
+        verification_set_size=one(params.verification_set_size),
+        max_nodes=one(params.max_tree_size),
+    )
+    ops.write_tokens(pages, torch.tensor([0, 1]), torch.tensor([0, 0]))
+    hints = Hints(
+        bigrams=one(0)[:0, None],
+        bigram_logits=torch.zeros(0, 0),
+        temperature=torch.zeros(1),
+        seeds=torch.zeros(1, params.ngram_size - 1, dtype=torch.int64),
+        rejected=Rejected.none(1),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        hints.rejected.logits = torch.zeros(0, 0, dtype=dtype)
+        tree, _ = ops.grow(pages, batch, hints, 0.5)
+    tree_rows = attention_lib.TreeRows(
+        np.zeros(1, np.int64),
+        tree.num_nodes.numpy(),
+        batch.position.numpy(),
+        batch.block_table.numpy(),
+        ops.ancestors(tree),
+        tree.depths.numpy(),
+        covers_batch=True,
+    )
+    size, lanes = tree.tokens.shape[1], attention_lib.LANES
+    query, blocks = torch.zeros(size, 1, lanes), -(-(1 + size) // block_size)
+    cache = torch.zeros(1, 1, blocks * block_size, 2 * lanes)
+    attention_lib.tree_attention(query, cache, tree_rows, 1.0, query.clone())
+    verdict = ops.verify(tree, torch.zeros_like(tree.tokens), params.ngram_size)
+    ops.compact([], batch, verdict, block_size)
+    slot = np.zeros((2, 1), np.int64)
+    verify_lib.move_slots(caches, *slot)
+    ops.update(pages, batch, tree, tree.tokens, verdict)
+    own = params.window_size, params.ngram_size, params.verification_set_size
+    requests = np.array([(0, params.ngram_size, 1, *own)])
+    size_trees(requests, 0, block_size, block_size, False)
+    rows = requests[:, ROW].copy()
+    flat = lay_out(tree, batch, rows, np.ones(1, np.int64), block_size)
+    Walk(tree, rows, flat, params.ngram_size).advance(np.zeros(1, np.int64))
+    longs = [np.empty(size, np.int64) for _ in range(2)]
+    ints = [np.empty(size + 1, np.int32) for _ in range(4)]
+    table = batch.block_table.numpy()
+    feed_trees(
+        flat.fed, flat.start, batch.position.numpy(), table, size, ints[0], *longs,
+        *ints[1:],
+    )  # fmt: skip
