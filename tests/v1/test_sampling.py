@@ -195,11 +195,10 @@ def test_the_noise_of_the_sampler_is_known(seeded: list[int]) -> None:
             num_reqs=num_requests,
         ),
         sampler=SimpleNamespace(topk_topp_sampler=sampler),
-        params=SimpleNamespace(ngram_size=depths + 1),
     )
     rows = np.array([0, 2])
     all_logits = torch.randn(depths, num_requests, 200) / temperature[:, None]
-    known, seeds = upcoming_noise(runner, rows)
+    known, seeds = upcoming_noise(runner, rows, depths)
     assert known.tolist() == [0.5, 2.0]
     for depth, logits in enumerate(all_logits):
         drawn, _ = sampler(logits.clone(), generators, None, None)

@@ -52,9 +52,8 @@ def test_noise_is_unknown_of_a_sampler_that_says_less() -> None:
             sampling_metadata=SimpleNamespace(all_greedy=False), num_reqs=1
         ),
         sampler=SimpleNamespace(topk_topp_sampler=SimpleNamespace(forward=forward_cpu)),
-        params=PARAMS,
     )
-    temperature, _ = upcoming_noise(runner, np.zeros(1, np.int64))
+    temperature, _ = upcoming_noise(runner, np.zeros(1, np.int64), 4)
     assert temperature.tolist() == [0.0]
 
 

@@ -9,6 +9,7 @@ slots. Metrics and rollback are then vLLM's own.
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
@@ -34,8 +35,6 @@ class LookaheadScheduler(Scheduler):
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Self:
         # `EngineArgs` names the class before vLLM settles async scheduling.
         if cls is LookaheadScheduler and vllm_config.scheduler_config.async_scheduling:
-            from vllm_lookahead.engine.v2.scheduler import LookaheadAsyncScheduler
-
             return super().__new__(LookaheadAsyncScheduler)
         return super().__new__(cls)
 
@@ -170,3 +169,7 @@ class LookaheadScheduler(Scheduler):
             num_invalid_spec_tokens,
             request_id,
         )
+
+
+class LookaheadAsyncScheduler(LookaheadScheduler, AsyncScheduler):
+    """Two steps in flight: the worker knows which drafts the placeholders are."""

@@ -6,13 +6,11 @@ them with a draft tree before vLLM prepares its inputs, samples along the tree, 
 hands vLLM the tokens that were emitted. Everything else is plain vLLM.
 """
 
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import (
     CachedRequestData,
@@ -22,17 +20,17 @@ from vllm.v1.core.sched.output import (
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_lookahead.core.draft_size import DraftSizePolicy
 from vllm_lookahead.core.pages import EMPTY, BlockPages, page_bytes
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v1 import linear
 from vllm_lookahead.engine.v1.attention import slot_views
+from vllm_lookahead.engine.v1.drafter import TreeDrafter
 from vllm_lookahead.engine.v1.sampling import sample_along_trees
-from vllm_lookahead.engine.v1.step import TreeStep
+from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
-from vllm_lookahead.params import LookaheadParams, request_params
+from vllm_lookahead.params import LookaheadParams
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 
@@ -44,8 +42,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         params: the server's sizes.
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
-        bigrams: [V, R] int32, see `core.bigrams`; V is 0 before the model was asked.
-        bigram_logits: [V, R] float32 of them.
+        tree_drafter: what drafts are made of.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
         last_step: those of the step before.
@@ -66,16 +63,12 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.is_scheduled_ahead = is_scheduled_ahead
         self.ops = NumbaOps()
         self.pages: BlockPages
-        self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
-        self.bigram_logits = torch.zeros(0, 0)
+        self.tree_drafter = TreeDrafter(params, self.ops)
         self.slot_views: list[torch.Tensor] = []
-        self.step: TreeStep | None = None
-        self.last_step: TreeStep | None = None
+        self.step: StepTrees | None = None
+        self.last_step: StepTrees | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
         self.feeds_alone = False
-        self.request_params: dict[str, LookaheadParams] = {}
-        self.policy = DraftSizePolicy()
-        self.step_start = time.perf_counter()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -121,14 +114,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         if self.params.verification_set_size:
             tables = ask_model(self.model, self.vllm_config, self.device)
             if tables is not None:
-                self.bigrams, self.bigram_logits = tables
-
-    def needs_plain_rows(self) -> bool:
-        """Whether the batch cannot be sampled along trees: one row per request."""
-        metadata = self.input_batch.sampling_metadata
-        holder = metadata.thinking_budget_state_holder
-        tracks = holder is not None and holder.has_tracked_requests()
-        return tracks or metadata.max_num_logprobs == -1
+                self.tree_drafter.bigrams, self.tree_drafter.bigram_logits = tables
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
@@ -144,7 +130,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
                 scheduler_output.scheduled_spec_decode_tokens.copy()
             ),
         )
-        self._start_step()
+        self.tree_drafter.start_step(self.step)
+        self.last_step, self.step = self.step, None
         output = super().execute_model(scheduler_output, *args, **kwargs)
         may_sample = not scheduler_output.has_structured_output_requests
         if output is None and may_sample and not self.is_scheduled_ahead:
@@ -166,35 +153,19 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         ]
         return replace(cached, num_computed_tokens=num_computed_tokens)
 
-    def _start_step(self) -> None:
-        now, last = time.perf_counter(), self.step
-        if last is not None and last.verdict is not None and last.only_decodes:
-            has_learned = self.policy.observe_step(
-                now - self.step_start,
-                last.num_requests,
-                last.num_tokens,
-                int(last.verdict.num_emitted.sum()),
-                last.promised,
-            )
-            if has_learned and get_tp_group().world_size > 1:
-                # Every rank must draft the same, and each has a clock of its own.
-                get_tp_group().broadcast(self.policy.least)
-        self.last_step, self.step, self.step_start = last, None, now
-
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
-            self.request_params.pop(request_id, None)
+            self.tree_drafter.remove_request(request_id)
         result = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
-            sampling = request.sampling_params
-            params = request_params(sampling and sampling.extra_args, self.params)
-            if params is not None:
-                self.request_params[request.req_id] = params
+            self.tree_drafter.add_request(request.req_id, request.sampling_params)
         if scheduler_output.scheduled_spec_decode_tokens:
-            self.step = TreeStep.propose(self, scheduler_output)
+            self.step = self.tree_drafter.draft(
+                self, scheduler_output, self.pages, self.last_step
+            )
         return result
 
-    def _lone_step(self) -> TreeStep | None:
+    def _lone_step(self) -> StepTrees | None:
         """`step`, if it makes all inputs itself."""
         step = self.step
         if step is None or step.verdict is not None:
@@ -206,7 +177,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
     ) -> Any:
         total = scheduler_output.total_num_scheduled_tokens
         if step := self._lone_step():
-            slots = step.feed_alone(self)
+            slots = step.feed_alone(self, self.pages.block_size)
             self.ops.write_tokens(self.pages, slots, step.batch.root)
             rows = step.flat.logits_indices
             # A slice makes no copy of the hidden states.
@@ -241,7 +212,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         else:
             metadata, common = super()._build_attention_metadata(*args, **kwargs)
         if self.step is not None and self.params.can_branch:
-            trees = self.step.tree_rows(self)
+            trees = self.step.branched()
             for layer in metadata.values():
                 layer.trees = trees
         return metadata, common
@@ -256,7 +227,9 @@ class LookaheadCPUModelRunner(CPUModelRunner):
                 self.idle_generators[i] = generators.pop(i)
         if self.step is None:
             return super()._sample(logits, spec_decode_metadata)
-        output, sampled, verdict = sample_along_trees(self, self.step, logits)
+        output, sampled, verdict = sample_along_trees(
+            self, self.ops, self.params, self.step, logits
+        )
         batch, tree = self.step.batch, self.step.tree
         if self.slot_views:
             self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)

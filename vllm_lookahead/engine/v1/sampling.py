@@ -8,7 +8,6 @@ and the same logits processors. So the tokens are plain decoding's.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,26 +19,32 @@ from vllm.v1.sample.logits_processor.builtin import (
     MinTokensLogitsProcessor,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.engine.v1.trees import StepTrees
+from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.numba_kernels.walk import Walk
+from vllm_lookahead.params import LookaheadParams
 
 # Seeds of noise are below this, in vLLM's sampler.
 _SEEDS = 2**31
 
-if TYPE_CHECKING:
-    from vllm_lookahead.engine.v1.model_runner import LookaheadCPUModelRunner
-    from vllm_lookahead.engine.v1.step import TreeStep
-
 
 def sample_along_trees(
-    runner: "LookaheadCPUModelRunner", step: "TreeStep", logits: torch.Tensor
+    runner: CPUModelRunner,
+    ops: NumbaOps,
+    sizes: LookaheadParams,
+    step: StepTrees,
+    logits: torch.Tensor,
 ) -> tuple[SamplerOutput, torch.Tensor, Verdict]:
     """Sample every request of the step, trees and others.
 
     Args:
-        runner: for its sampler, sampling metadata and ops.
+        runner: vLLM's, for its sampler and the batch's sampling metadata.
+        ops: to walk the trees with.
+        sizes: the server's.
         step: the trees.
         logits: [rows, vocab_size], laid out as `step.flat.logits_indices`.
 
@@ -53,24 +58,24 @@ def sample_along_trees(
     if takes_argmax(metadata):
         best = runner.sampler.greedy_sample(logits.float()).long()
         sampled = _by_node(best, step)
-        verdict = runner.ops.verify(step.tree, sampled, runner.params.ngram_size)
+        verdict = ops.verify(step.tree, sampled, sizes.ngram_size)
         tokens = torch.full((step.num_requests, verdict.tokens.shape[1]), EMPTY)
         tokens[:, 0] = best[step.flat.logits_start[1:] - 1]
-        tokens[step.rows] = verdict.tokens.long()
+        tokens[step.requests] = verdict.tokens.long()
         return SamplerOutput(tokens.int(), None), sampled, verdict
 
-    walk = Walk(step.tree, step.rows, step.flat, runner.params.ngram_size)
+    walk = Walk(step.tree, step.requests, step.flat, sizes.ngram_size)
     logprobs = _draw_along(walk, runner, step, logits, metadata)
     # Read by the window alone, which is refilled with the model's likeliest tokens.
     sampled = step.tree.tokens
-    if runner.params.window_size:
+    if sizes.window_size:
         sampled = _by_node(logits.argmax(-1), step)
     tokens = torch.from_numpy(walk.tokens[:, : walk.level])
     return SamplerOutput(tokens, logprobs), sampled, walk.verdict()
 
 
 def upcoming_noise(
-    runner: "LookaheadCPUModelRunner", rows: np.ndarray
+    runner: CPUModelRunner, requests: np.ndarray, depths: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `TopKTopPSampler.forward_cpu` will key its noise by, if nothing intervenes.
 
@@ -79,8 +84,9 @@ def upcoming_noise(
     walk equally far, and is a guess otherwise.
 
     Args:
-        runner: between two steps.
-        rows: [b] int64, requests of the batch.
+        runner: vLLM's, between two steps.
+        requests: [b] int64, where they are in the batch.
+        depths: how many tokens ahead, N-1.
 
     Returns:
         temperature: [b] float32; 0 where there is no noise, or none that can be known.
@@ -88,24 +94,35 @@ def upcoming_noise(
     """
     metadata = runner.input_batch.sampling_metadata
     sampler = runner.sampler.topk_topp_sampler
-    depths, num_requests = runner.params.ngram_size - 1, runner.input_batch.num_reqs
-    seeds = torch.zeros(len(rows), depths, dtype=torch.int64)
+    num_requests = runner.input_batch.num_reqs
+    seeds = torch.zeros(len(requests), depths, dtype=torch.int64)
     if (
         metadata.all_greedy
         or sampler.forward.__name__ != "forward_cpu"
         or getattr(sampler, "use_fp64_gumbel", True)  # by that name in vLLM 0.32
     ):
-        return torch.zeros(len(rows)), seeds
+        return torch.zeros(len(requests)), seeds
     generators = metadata.generators
     if len(generators) < num_requests:
         shared = torch.default_generator.clone_state()
-        all_rows = torch.randint(_SEEDS, (depths, num_requests), generator=shared)
-        seeds = all_rows.T[rows]
-    for b, i in enumerate(rows.tolist()):
+        of_all = torch.randint(_SEEDS, (depths, num_requests), generator=shared)
+        seeds = of_all.T[requests]
+    for b, i in enumerate(requests.tolist()):
         if i in generators:
             own = generators[i].clone_state()
             torch.randint(_SEEDS, (depths,), generator=own, out=seeds[b])
-    return metadata.temperature[rows], seeds
+    return metadata.temperature[requests], seeds
+
+
+def needs_plain_rows(metadata: SamplingMetadata) -> bool:
+    """Whether the batch cannot be sampled along trees: one row per request."""
+    return _tracks_thinking(metadata) or metadata.max_num_logprobs == -1
+
+
+def _tracks_thinking(metadata: SamplingMetadata) -> bool:
+    """Whether any request has a budget of thinking tokens."""
+    holder = metadata.thinking_budget_state_holder
+    return holder is not None and holder.has_tracked_requests()
 
 
 def takes_argmax(metadata: SamplingMetadata) -> bool:
@@ -115,14 +132,13 @@ def takes_argmax(metadata: SamplingMetadata) -> bool:
 
 def _takes_raw_logits(metadata: SamplingMetadata) -> bool:
     """Whether nothing moves the argmax of a row, or asks for its logprobs."""
-    holder = metadata.thinking_budget_state_holder
     return (
         metadata.no_penalties
         and metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
         and not metadata.bad_words_token_ids
-        and not (holder is not None and holder.has_tracked_requests())
+        and not _tracks_thinking(metadata)
         and not _has_active(metadata.logitsprocs.non_argmax_invariant)
     )
 
@@ -150,15 +166,15 @@ def _rows_are_independent(metadata: SamplingMetadata) -> bool:
     return _takes_raw_logits(metadata) and not _has_active(processors.argmax_invariant)
 
 
-def _by_node(by_row: torch.Tensor, step: "TreeStep") -> torch.Tensor:
+def _by_node(by_row: torch.Tensor, step: StepTrees) -> torch.Tensor:
     """[rows] values as [b, T]; meaningless at nodes without logits."""
     return by_row[torch.from_numpy(step.flat.logits_node).clamp(min=0)]
 
 
 def _draw_along(
     walk: Walk,
-    runner: "LookaheadCPUModelRunner",
-    step: "TreeStep",
+    runner: CPUModelRunner,
+    step: StepTrees,
     logits: torch.Tensor,
     metadata: SamplingMetadata,
 ) -> LogprobsTensors | None:
@@ -202,7 +218,7 @@ def _draw_along(
             for processor in metadata.logitsprocs.all:
                 processor.update_state(None)
     # vLLM appends what was emitted itself.
-    for i in step.rows:
+    for i in step.requests:
         extra = int((walk.tokens[i] != EMPTY).sum()) - 1
         if extra:
             del history[i][-extra:]

@@ -8,14 +8,14 @@ from tests.core.build import ints
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.engine.v1.step import TreeStep, rejected_nodes
+from vllm_lookahead.engine.v1.trees import StepTrees, rejected_nodes
 
 LOGITS = torch.randn(7, 30)
 
 
-def finished_step() -> TreeStep:
+def finished_step() -> StepTrees:
     """Of "a" a chain of three is drafted, one accepted; of "b" two and a window."""
-    step = object.__new__(TreeStep)
+    step = object.__new__(StepTrees)
     step.request_ids = ["a", "b"]
 
     class Tree:
