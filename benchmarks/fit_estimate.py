@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit the weights by which drafts are ranked, `core.best_first.WEIGHTS`.
+"""Fit the weights by which drafts are ranked, `core.draft.best_first.WEIGHTS`.
 
     python benchmarks/fit_estimate.py --models demo/model --temperatures 0,0.8
 
@@ -18,8 +18,8 @@ import torch
 from our_lookahead import OurLookahead, ask  # type: ignore[import-not-found]
 from tree_model import TreeModel  # type: ignore[import-not-found]
 
-from vllm_lookahead.core.best_first import WEIGHTS, Drafter
-from vllm_lookahead.core.noise import gumbel_noise
+from vllm_lookahead.core.draft.best_first import WEIGHTS, Drafter
+from vllm_lookahead.core.draft.noise import gumbel_noise
 from vllm_lookahead.params import LookaheadParams
 
 # One chain, as on a CPU.

@@ -14,15 +14,13 @@ from pathlib import Path
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Hints, Rejected
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.draft.best_first import Hints, Rejected
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
-OPS: dict[str, TorchOps | NumbaOps] = {"torch": TorchOps(), "numba": NumbaOps()}
 SIZES = [(0, 8, 8), (5, 4, 5), (15, 5, 15)]
 CONTEXTS = [200, 2000, 8000, 32000]
 BLOCK_SIZE = 128  # vLLM's on a CPU
@@ -66,12 +64,13 @@ def make_state(
 
 
 def step_calls(
-    ops: TorchOps | NumbaOps, params: LookaheadParams, batch_size: int, context: int
+    params: LookaheadParams, batch_size: int, context: int
 ) -> dict[str, Callable[[], object]]:
     """Each op of a step as a call that can be repeated."""
+    ops = NumbaOps()
     pages, batch = make_state(params, batch_size, context)
     n = params.ngram_size
-    slots = batch.slots(batch.position[:, None], BLOCK_SIZE)[:, 0] | 1
+    slots = batch.root_slots(BLOCK_SIZE) | 1
     hints = Hints(
         bigrams=torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS)).int(),
         bigram_logits=torch.randn(VOCAB, NUM_SUCCESSORS).sort(descending=True).values,
@@ -87,13 +86,10 @@ def step_calls(
         parent = tree.parents[drafted, node].long()
         sampled[drafted, parent] = tree.tokens[drafted, node]
     verdict = ops.verify(tree, sampled, n)
-    ancestors = tree.ancestors
-    if isinstance(ops, NumbaOps):
-        ancestors = lambda: ops.ancestors(tree)  # noqa: E731
     return {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
         "grow": lambda: ops.grow(pages, batch, hints, least),
-        "mask": ancestors,
+        "mask": lambda: ops.ancestors(tree),
         "verify": lambda: ops.verify(tree, sampled, n),
         "compact": lambda: ops.compact([], batch, verdict, BLOCK_SIZE),
         "update": lambda: ops.update(pages, batch, tree, sampled, verdict),
@@ -122,7 +118,6 @@ def microseconds(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=["numba"])
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--seconds", type=float, default=0.5, help="per line")
@@ -135,26 +130,23 @@ def main() -> None:
 
     torch.set_num_threads(1)
     results: list[dict] = []
-    for name in args.ops:
-        print(f"\n{name}: microseconds per call")
-        print("   W  N  G batch context ", end="")
-        for w, n, g in SIZES:
-            params = LookaheadParams(w, n, g)
-            if name == "numba":
-                warm_up(params, BLOCK_SIZE)
-            for batch_size in args.batch_sizes:
-                for context in args.contexts:
-                    torch.manual_seed(0)
-                    calls = step_calls(OPS[name], params, batch_size, context)
-                    if not results or results[-1]["ops"] != name:
-                        print(*(f"{op:>13}" for op in calls), "        total")
-                    times = microseconds(calls, args.seconds, args.evict)
-                    print(f"{w:4}{n:3}{g:3}{batch_size:6}{context:8} ", end="")
-                    print(*(f"{t:13.1f}" for t in times.values()), end="")
-                    print(f"{sum(times.values()):14.1f}", flush=True)
-                    sizes = {"W": w, "N": n, "G": g}
-                    state = {"batch": batch_size, "context": context}
-                    results.append({"ops": name, **sizes, **state, "us": times})
+    print("microseconds per call\n   W  N  G batch context ", end="")
+    for w, n, g in SIZES:
+        params = LookaheadParams(w, n, g)
+        warm_up(params, BLOCK_SIZE)
+        for batch_size in args.batch_sizes:
+            for context in args.contexts:
+                torch.manual_seed(0)
+                calls = step_calls(params, batch_size, context)
+                if not results:
+                    print(*(f"{op:>13}" for op in calls), "        total")
+                times = microseconds(calls, args.seconds, args.evict)
+                print(f"{w:4}{n:3}{g:3}{batch_size:6}{context:8} ", end="")
+                print(*(f"{t:13.1f}" for t in times.values()), end="")
+                print(f"{sum(times.values()):14.1f}", flush=True)
+                sizes = {"W": w, "N": n, "G": g}
+                state = {"batch": batch_size, "context": context}
+                results.append({**sizes, **state, "us": times})
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
 

@@ -7,8 +7,9 @@ import torch
 from tree_model import Draft, TreeModel  # type: ignore[import-not-found]
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Hints, Rejected
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
+from vllm_lookahead.core.draft.best_first import Hints, Rejected
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS, model_bigrams
+from vllm_lookahead.core.mask import ancestors
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.numba_kernels.ops import NumbaOps
@@ -103,7 +104,7 @@ class OurLookahead:
         return Draft(
             self.tree.tokens[0, :size].tolist(),
             self.tree.depths[0, :size].tolist(),
-            self.tree.ancestors()[0, :size, :size],
+            ancestors(self.tree)[0, :size, :size],
         )
 
     def accept(self, sampled: list[int]) -> tuple[list[int], list[int]]:

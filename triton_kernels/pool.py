@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look up the n-gram pool.
 
-Oracle: `core.pool.lookup`. Two launches: the context is cut into splits that scan
+Oracle: `core.draft.pool.lookup`. Two launches: the context is cut into splits that scan
 it side by side, then one program per request ranks what they found.
 
 An entry is numbered by age as block * ENTRIES + column, where a block's columns
@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lookahead.core import pool as oracle
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.draft import pool as oracle
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.triton_kernels.checks import expect, expect_batch
 from vllm_lookahead.triton_kernels.jit import jit

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the draft trees: root, merged candidates, window.
 
-Oracle: `core.tree.build_tree` of `core.window.read_window`.
+Oracle: `core.tree.build_tree` of `core.draft.window.read_window`.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.draft.window import SEED_STRIDE
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
-from vllm_lookahead.core.window import SEED_STRIDE
 from vllm_lookahead.triton_kernels.checks import expect, expect_batch, expect_tree
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import NO_TOKEN, expect_pages, load_slot

@@ -9,7 +9,7 @@ import torch
 from vllm import SamplingParams
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
@@ -131,7 +131,7 @@ def step_calls(
         accept_a_branch(host_tree, b, host[b])
     sampled = host.to(device)
     verdict = ops.verify(tree, sampled, n)
-    slots = batch.slots(batch.position[:, None], block_size)[:, 0] | 1
+    slots = batch.root_slots(block_size) | 1
     starts = torch.arange(requests + 1, dtype=torch.int32, device=device) * t
     bits = torch.empty(requests, t, -(-t // 32), dtype=torch.int32, device=device)
     positions = torch.empty(requests * t, dtype=torch.int64, device=device)

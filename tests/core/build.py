@@ -3,14 +3,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.core.step import LookaheadOps
+from vllm_lookahead.core.tree import DraftTree, Node
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -25,13 +24,6 @@ class Row:
     n: int = 4
     g: int = 4
     max_nodes: int = 10_000
-
-
-class Node(NamedTuple):
-    token: int
-    parent: int
-    depth: int
-    kind: int
 
 
 def ints(values: Sequence) -> torch.Tensor:
@@ -88,25 +80,9 @@ def put_in_ring(pages: BlockPages, block: int, ngrams: Sequence[Sequence[int]]) 
     pages.ring_count[block] = len(ngrams)
 
 
-def nodes_of(tree: DraftTree) -> list[list[Node]]:
-    """The nodes of each tree, without the padding."""
-    columns = (tree.tokens, tree.parents, tree.depths, tree.kinds)
-    lists = [column.tolist() for column in columns]
-    trees = []
-    for b, count in enumerate(tree.num_nodes.tolist()):
-        trees.append([Node(*(c[b][i] for c in lists)) for i in range(count)])
-    return trees
-
-
 def make_tree(trees: Sequence[Sequence[Node]]) -> DraftTree:
-    """Pad lists of nodes to one `DraftTree`, as `nodes_of` reads it."""
-    size = max(map(len, trees))
-    padding = Node(EMPTY, EMPTY, 0, 0)
-    padded = [[*nodes, *[padding] * (size - len(nodes))] for nodes in trees]
-    columns = [
-        ints([[node[c] for node in nodes] for nodes in padded]) for c in range(4)
-    ]
-    return DraftTree(*columns, ints([len(nodes) for nodes in trees]))
+    """Lists of nodes as one `DraftTree`, as wide as the largest."""
+    return DraftTree.of(trees, max(map(len, trees)))
 
 
 def path_to(nodes: Sequence[Node], index: int) -> list[int]:

@@ -6,19 +6,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vllm_lookahead.core.ops import LookaheadOps, TorchOps
+from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.numba_kernels.ops import NumbaOps
 
 
 class WithChains(NumbaOps):
-    """Given the oracle's trees, for tests of what is done with them."""
+    """Given the reference's trees, for tests of what is done with them."""
 
-    propose = staticmethod(TorchOps.propose)
+    propose = staticmethod(ReferenceOps.propose)
 
 
-IMPLEMENTATIONS: dict[str, LookaheadOps] = {"torch": TorchOps(), "numba": WithChains()}
-# Compared with TorchOps.
-OTHERS = {n: ops for n, ops in IMPLEMENTATIONS.items() if n != "torch"}
+IMPLEMENTATIONS: dict[str, LookaheadOps] = {
+    "reference": ReferenceOps(),
+    "numba": WithChains(),
+}
+# Compared with the reference.
+OTHERS = {n: ops for n, ops in IMPLEMENTATIONS.items() if n != "reference"}
 
 
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from tests.core.build import Row, clone_pages, ints, make_batch, make_pages, nodes_of
+from tests.core.build import Row, clone_pages, ints, make_batch, make_pages
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.ops import LookaheadOps, TorchOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
@@ -144,7 +145,7 @@ def random_samples(tree: DraftTree, vocab: int, seed: int) -> torch.Tensor:
     """Tokens sampled at the nodes: half of them lead on to some child."""
     rng = random.Random(seed)
     sampled = [[rng.randrange(vocab) for _ in row] for row in tree.tokens]
-    for row, nodes in zip(sampled, nodes_of(tree), strict=True):
+    for row, nodes in zip(sampled, tree.nodes(), strict=True):
         for node in nodes:
             if node.kind == CANDIDATE and rng.random() < 0.5:
                 row[node.parent] = node.token
@@ -184,8 +185,8 @@ def random_caches(num_blocks: int, block_size: int) -> list[torch.Tensor]:
 
 
 def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) -> int:
-    """Each op alone, on TorchOps' inputs. Returns the most tokens emitted."""
-    oracle, size = TorchOps(), state.pages.block_size
+    """Each op alone, on ReferenceOps' inputs. Returns the most tokens emitted."""
+    oracle, size = ReferenceOps(), state.pages.block_size
     torch.manual_seed(seed)
     total = len(state.pages.tokens)
 
@@ -232,8 +233,7 @@ def run_steps(
     pages, batch = state.pages, copy.deepcopy(state.batch)
     size, done = pages.block_size, []
     for step in range(STEPS):
-        slots = batch.slots(batch.position[:, None], size).flatten()
-        ops.write_tokens(pages, slots, batch.root)
+        ops.write_tokens(pages, batch.root_slots(size), batch.root)
         tree = ops.propose(pages, batch, state.g)
         sampled = random_samples(tree, vocab, seed + step)
         verdict = ops.verify(tree, sampled, state.n)

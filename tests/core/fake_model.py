@@ -9,11 +9,13 @@ slot or K/V move, and it answers WRONG or takes another turn of its hash.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from tests.core.build import Row, make_batch, make_pages, write
-from vllm_lookahead.core.ops import LookaheadOps
+from vllm_lookahead.core.mask import ancestors
+from vllm_lookahead.core.step import step
 from vllm_lookahead.core.tree import DraftTree
 
 POISON = -1_000_003
@@ -95,7 +97,7 @@ class FakeEngine:
 
     def __init__(
         self,
-        ops: LookaheadOps,
+        ops: Any,
         model: FakeModel,
         sizes: tuple[int, int, int],
         block_size: int,
@@ -110,6 +112,8 @@ class FakeEngine:
         w, self.n, self.g = sizes
         self.bigrams = model.bigrams() if with_bigrams else None
         self.ops, self.model, self.block_size = ops, model, block_size
+        # What the engine's attention reads, where that is an op.
+        self.ancestors = getattr(ops, "ancestors", ancestors)
         self.rng = random.Random(seed)
         self.pages = make_pages(num_blocks, block_size, w, self.n)
         shape = (num_blocks, 2, block_size), (2, num_blocks, block_size)
@@ -144,17 +148,18 @@ class FakeEngine:
     def step(
         self, requests: Sequence[FakeRequest], max_nodes: Sequence[int] | None = None
     ) -> None:
-        """One step of a batch, in the order that `core/ops.py` gives."""
+        """One step of a batch: `core.step.step` itself."""
         limits = max_nodes or [10_000] * len(requests)
         rows = [r.row(limit) for r, limit in zip(requests, limits, strict=True)]
         batch = make_batch(rows, filler=self.rng.randrange(len(self.pages.window)))
-        for row in rows:
-            write(self.ops, self.pages, row.blocks, [row.root], row.position)
-        tree = self.ops.propose(self.pages, batch, self.g, self.bigrams)
-        sampled = self._forward(requests, tree)
-        verdict = self.ops.verify(tree, sampled, self.n)
-        self.ops.compact(self.caches, batch, verdict, self.block_size)
-        self.ops.update(self.pages, batch, tree, sampled, verdict)
+        verdict = step(
+            self.ops,
+            lambda pages, batch: self.ops.propose(pages, batch, self.g, self.bigrams),
+            lambda tree: self._forward(requests, tree),
+            self.pages,
+            self.caches,
+            batch,
+        )
         for b, request in enumerate(requests):
             count = int(verdict.num_emitted[b])
             request.text += verdict.tokens[b, :count].tolist()
@@ -190,9 +195,7 @@ class FakeEngine:
         """The model's token after every node."""
         sampled = torch.full(tree.tokens.shape, WRONG, dtype=torch.int32)
         tokens, depths = tree.tokens.tolist(), tree.depths.tolist()
-        # What the engine's attention reads, where that is an op.
-        ancestors = getattr(self.ops, "ancestors", DraftTree.ancestors)
-        mask = ancestors(tree).tolist()
+        mask = self.ancestors(tree).tolist()
         for b, request in enumerate(requests):
             p, size = len(request.text) - 1, int(tree.num_nodes[b])
             positions = [p + depth for depth in depths[b][:size]]

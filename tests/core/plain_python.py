@@ -1,74 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core once more, in plain Python, for one request: what tests compare with.
-
-Written from the design brief (sections 3 and 4) and the docstrings, not from the
-tensor code.
-"""
+"""Parts of the core once more, for one request: written from the docstrings alone."""
 
 from collections.abc import Sequence
 
-from tests.core.build import Node, Row
-from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
-
-
-def history_of(pages: BlockPages, row: Row) -> list[int]:
-    """Tokens at positions 0..p-1, EMPTY where unknown."""
-    size = pages.block_size
-    tokens = pages.tokens.tolist()
-    return [tokens[row.blocks[at // size]][at % size] for at in range(row.position)]
-
-
-def ring_of(pages: BlockPages, block: int) -> list[list[int]]:
-    """A block's Jacobi n-grams (token before the key, key, values), oldest first."""
-    size = pages.ring.shape[1]
-    count = int(pages.ring_count[block])
-    ring = pages.ring[block].tolist()
-    return [ring[at % size] for at in range(max(0, count - size), count)]
-
-
-def until_empty(tokens: Sequence[int]) -> list[int]:
-    return [*tokens, EMPTY][: [*tokens, EMPTY].index(EMPTY)]
-
-
-def pool_entries(pages: BlockPages, row: Row) -> list[list[int]]:
-    """Every continuation of the root that the pages know, best first."""
-    p, n = row.position, row.n
-    text = [*history_of(pages, row), row.root]
-    found = []  # (context, block, 0 for the ring or 1 for the slots, order), values
-    for at in range(p):
-        if text[at] != row.root:
-            continue
-        context = 0
-        while (
-            context < min(MAX_CONTEXT, at)
-            and text[at - 1 - context] == text[p - 1 - context] != EMPTY
-        ):
-            context += 1
-        values = until_empty(text[at + 1 : at + n])
-        found.append(((context, at // pages.block_size, 1, at), values))
-    num_live = -(-p // pages.block_size)
-    for logical in range(num_live):
-        for order, entry in enumerate(ring_of(pages, row.blocks[logical])):
-            before, key, *values = entry
-            if key == row.root:
-                context = int(before == text[p - 1] != EMPTY)
-                values = until_empty(values[: n - 1])
-                found.append(((context, logical, 0, order), values))
-    found.sort(reverse=True)
-    return [values for _, values in found]
-
-
-def lookup(pages: BlockPages, row: Row, max_candidates: int) -> list[list[int]]:
-    """At most G distinct chains for the root, best first."""
-    chains: list[list[int]] = []
-    entries = pool_entries(pages, row)
-    for values in entries[: max_candidates * ENTRIES_PER_CANDIDATE]:
-        known = any(values == earlier[: len(values)] for earlier in chains)
-        if values and not known and len(chains) < row.g:
-            chains.append(values)
-    return chains
+from tests.core.build import Row
+from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, Node
 
 
 def draft_tree(

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from tests.core.build import Row, make_batch, make_pages, nodes_of, put_in_ring, write
+from tests.core.build import Row, make_batch, make_pages, put_in_ring, write
 from tests.core.equivalence import SHAPES, Shape, assert_same_trees, random_state
-from vllm_lookahead.core.best_first import MAX_SEEN, WEIGHTS, Hints, Rejected
-from vllm_lookahead.core.noise import gumbel_noise
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.draft.best_first import MAX_SEEN, WEIGHTS, Hints, Rejected
+from vllm_lookahead.core.draft.noise import gumbel_noise
 from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import CANDIDATE
 from vllm_lookahead.numba_kernels.ops import NumbaOps
 
@@ -21,7 +21,7 @@ LOGITS = torch.tensor([5.0, 4.0, 3.0]).log_softmax(0).expand(50, 3).contiguous()
 N = 5
 
 
-@pytest.fixture(params=[TorchOps, NumbaOps], ids=["torch", "numba"])
+@pytest.fixture(params=[ReferenceOps, NumbaOps], ids=["reference", "numba"])
 def grow(request):
     return request.param.grow
 
@@ -45,11 +45,11 @@ def grown(grow, history, root, hints, least=1e-3, w=0, ring=(), **sizes):
     """(token, parent) of each candidate, and the number expected to be accepted."""
     pages = make_pages(4, 8, w, N)
     row = Row([2, 0, 3], len(history), root, **{"w": 0, "n": N, "g": 1} | sizes)
-    write(TorchOps(), pages, row.blocks, history)
+    write(ReferenceOps(), pages, row.blocks, history)
     if ring:
         put_in_ring(pages, 2, ring)
     tree, expected = grow(pages, make_batch([row]), hints, least)
-    (nodes,) = nodes_of(tree)
+    (nodes,) = tree.nodes()
     for node in nodes[1:]:
         assert node.kind == CANDIDATE
         assert node.depth == nodes[node.parent].depth + 1
@@ -203,10 +203,10 @@ def test_of_many_seen_those_that_agree_are_kept(grow):
     history += [1, 2, 3, 4]
     pages = make_pages(12, 8, 0, N)
     blocks = list(range(10))
-    write(TorchOps(), pages, blocks, history)
+    write(ReferenceOps(), pages, blocks, history)
     batch = make_batch([Row(blocks, len(history), 9, n=2, g=1)])
     tree, _ = grow(pages, batch, make_hints(), 1e-3)
-    assert nodes_of(tree)[0][1].token == 20
+    assert tree.nodes()[0][1].token == 20
 
 
 def random_hints(shape: Shape, n: int, seed: int, dtype: torch.dtype) -> Hints:
@@ -246,7 +246,7 @@ def test_numba_grows_the_same_trees(name, dtype):
         hints = random_hints(shape, state.n, seed, dtype)
         for given in (hints, make_hints(shape.batch, state.n)):
             arguments = state.pages, state.batch, given, least
-            tree, expected = TorchOps.grow(*arguments)
+            tree, expected = ReferenceOps.grow(*arguments)
             again, as_expected = NumbaOps.grow(*arguments)
             assert_same_trees(tree, again)
             torch.testing.assert_close(as_expected, expected, rtol=1e-9, atol=0)

@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains from the model's bigrams, against a definition in plain Python."""
+"""Chains from the model's bigrams."""
 
 import pytest
 import torch
 
 from tests.core.build import Row, make_batch, make_pages, write
-from tests.core.equivalence import (
-    SHAPES,
-    random_bigrams,
-    random_state,
-)
-from tests.core.plain_python import until_empty
-from vllm_lookahead.core.bigrams import (
-    NUM_SUCCESSORS,
-    complete,
-    model_bigrams,
-)
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS, model_bigrams
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.pool import lookup
+from vllm_lookahead.core.reference import ReferenceOps
 
 # After token t the model says t + 1, then t + 2 and t + 3.
 COUNTING = torch.arange(50)[:, None].int() + torch.tensor([1, 2, 3]).int()
@@ -26,7 +15,7 @@ COUNTING = torch.arange(50)[:, None].int() + torch.tensor([1, 2, 3]).int()
 
 @pytest.fixture
 def ops():
-    return TorchOps()
+    return ReferenceOps()
 
 
 def proposed(ops, history, root, bigrams, **sizes):
@@ -82,46 +71,6 @@ def test_a_token_without_successors_ends_a_chain(ops):
 def test_a_request_gets_what_it_asks_for(ops):
     assert proposed(ops, [40, 41], 10, COUNTING, g=0) == []
     assert len(proposed(ops, [40, 41], 10, COUNTING, g=2, n=2)) == 2
-
-
-def plain(chains, root, g, n, bigrams):
-    """`complete` of one request's chains."""
-
-    def successor(token: int, nth: int = 0) -> int:
-        return int(bigrams[token, nth]) if 0 <= token < len(bigrams) else EMPTY
-
-    found = sum(bool(chain) for chain in chains)
-    out = []
-    for rank, known in enumerate(chains):
-        chain, nth = list(known), rank - found
-        if nth >= 0 and (rank >= g or nth >= bigrams.shape[1]):
-            break
-        while len(chain) < n - 1:
-            token = successor(chain[-1]) if chain else successor(root, nth)
-            if token == EMPTY:
-                break
-            chain.append(token)
-        out.append(chain)
-    return out
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_plain_python_agrees(name):
-    state = random_state(SHAPES[name], seed=5)
-    bigrams = random_bigrams(SHAPES[name].vocab)
-    batch = state.batch
-    chains = lookup(state.pages, batch, state.g)
-    completed = complete(chains, batch, bigrams)
-    for b in range(len(batch.root)):
-        expected = plain(
-            [until_empty(chain) for chain in chains[b].tolist()],
-            int(batch.root[b]),
-            int(batch.verification_set_size[b]),
-            int(batch.ngram_size[b]),
-            bigrams,
-        )
-        found = [until_empty(chain) for chain in completed[b].tolist()]
-        assert found == expected + [[]] * (state.g - len(expected))
 
 
 def test_the_model_is_asked_in_chunks_for_the_first_tokens():

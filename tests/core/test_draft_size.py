@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from vllm_lookahead.core.draft_size import DraftSizePolicy
+from vllm_lookahead.core.draft.price import DraftSizePolicy
 
 DEPTH = 7
 

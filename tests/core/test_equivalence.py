@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every implementation of `LookaheadOps` does exactly what TorchOps does."""
+"""Every implementation of `LookaheadOps` does exactly what ReferenceOps does."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from tests.core.equivalence import (
     random_state,
     run_steps,
 )
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import CANDIDATE, WINDOW
 
 
@@ -35,7 +35,7 @@ def test_steps_one_after_another(other_ops, name):
     shape, seed = SHAPES[name], 100
     state = random_state(shape, seed)
     own = replace(state, pages=clone_pages(state.pages))
-    expected = run_steps(TorchOps(), state, shape.vocab, seed)
+    expected = run_steps(ReferenceOps(), state, shape.vocab, seed)
     done = run_steps(other_ops, own, shape.vocab, seed)
     for (tree, verdict), (own_tree, own_verdict) in zip(expected, done, strict=True):
         assert_same_trees(tree, own_tree)
@@ -49,7 +49,7 @@ def test_the_states_are_hard():
     for seed in range(20):
         shape = SHAPES["eight ragged requests"]
         state = random_state(shape, seed)
-        tree = TorchOps().propose(state.pages, state.batch, state.g)
+        tree = ReferenceOps().propose(state.pages, state.batch, state.g)
         kinds = [set(row.tolist()) for row in tree.kinds]
         full += sum({CANDIDATE, WINDOW} <= k for k in kinds)
         cut += int((tree.num_nodes == state.batch.max_nodes).sum())

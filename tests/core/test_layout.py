@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.core.equivalence import SHAPES, random_samples, random_state
-from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
 from vllm_lookahead.numba_kernels.layout import lay_out, size_trees
 from vllm_lookahead.numba_kernels.walk import Walk
@@ -18,7 +18,7 @@ MAX_MODEL_LEN = 60  # within reach of some windows
 def laid_out(name: str, seed: int):
     """Trees of a random state between requests without any."""
     state = random_state(SHAPES[name], seed)
-    tree = TorchOps.propose(state.pages, state.batch, state.g)
+    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
     draw = np.random.default_rng(seed)
     num_trees = len(state.batch.root)
     num_requests = num_trees + int(draw.integers(0, 4))
@@ -73,7 +73,7 @@ def test_where_everything_lies(name, seed):
 def test_a_walk_level_by_level_is_the_walk(name, seed):
     state, tree, rows, num_tokens, flat = laid_out(name, seed)
     sampled = random_samples(tree, SHAPES[name].vocab, seed)
-    verdict = TorchOps.verify(tree, sampled, state.n)
+    verdict = ReferenceOps.verify(tree, sampled, state.n)
     walk = Walk(tree, rows, flat, state.n)
     expected_row = flat.logits_start[1:] - 1
     expected_row[rows] = flat.logits_start[rows]

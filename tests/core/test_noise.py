@@ -3,7 +3,7 @@
 
 import torch
 
-from vllm_lookahead.core.noise import gumbel_noise
+from vllm_lookahead.core.draft.noise import gumbel_noise
 
 
 def test_noise_is_standard_gumbel():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is NumbaOps' own; that it equals TorchOps is in test_equivalence.py."""
+"""What is NumbaOps' own; that it equals ReferenceOps is in test_equivalence.py."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ from tests.core.equivalence import (
     random_samples,
     random_state,
 )
-from vllm_lookahead.core.ops import TorchOps
 from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
@@ -39,19 +39,20 @@ def strided(record):
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_mask_shows_ancestors(name):
     state = random_state(SHAPES[name], seed=1)
-    tree = TorchOps.propose(state.pages, state.batch, state.g)
-    assert torch.equal(torch.from_numpy(NumbaOps.ancestors(tree)), tree.ancestors())
+    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
+    sees = torch.from_numpy(NumbaOps.ancestors(tree))
+    assert torch.equal(sees, ReferenceOps.ancestors(tree))
 
 
 def test_inputs_may_be_strided_or_wide(state):
-    tree = TorchOps.propose(state.pages, state.batch, state.g)
+    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
     sampled = random_samples(tree, 5, seed=0)
     verdict = NumbaOps.verify(tree, sampled, state.n)
     assert_same_verdicts(NumbaOps.verify(strided(tree), sampled.long(), 5), verdict)
 
 
 def test_other_tensors_are_refused(state):
-    tree = TorchOps.propose(state.pages, state.batch, state.g)
+    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
     wide = replace(tree, parents=tree.parents.long())
     with pytest.raises(TypeError, match=r"expected torch.int32, got torch.int64"):
         NumbaOps.verify(wide, tree.tokens, state.n)
@@ -70,7 +71,7 @@ def test_compaction_takes_caches_of_any_kind(dtype, shape):
     cache = torch.randn(shape).to(dtype)
     before = cache.clone().float()
     expected = before.clone()
-    TorchOps.compact([expected], batch, verdict, 32)
+    ReferenceOps.compact([expected], batch, verdict, 32)
     NumbaOps.compact([cache], batch, verdict, 32)
     assert torch.equal(cache.float(), expected)
     assert not torch.equal(expected, before)

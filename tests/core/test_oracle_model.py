@@ -10,7 +10,8 @@ import torch
 
 from tests.core.fake_model import WRONG, FakeEngine, FakeModel, FakeRequest
 from tests.core.fake_model import run_to_length as run
-from vllm_lookahead.core.ops import LookaheadOps, TorchOps
+from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.params import LookaheadParams
 
@@ -201,14 +202,14 @@ def test_requests_that_share_prefix_blocks(ops):
     assert_lossless(COIN, [first, again, follow_up])
 
 
-class Sabotaged(TorchOps):
-    """TorchOps with one fault, to show that the fake model notices it."""
+class Sabotaged(ReferenceOps):
+    """ReferenceOps with one fault, to show that the fake model notices it."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
     def propose(self, *args) -> DraftTree:
-        tree = TorchOps.propose(*args)
+        tree = ReferenceOps.propose(*args)
         inner = (tree.parents >= 0) & (tree.depths > 1)
         if self.fault == "depths":
             return replace(tree, depths=torch.where(inner, 1, tree.depths))
@@ -219,13 +220,13 @@ class Sabotaged(TorchOps):
     def verify(self, tree, sampled, max_emitted):
         if self.fault == "samples":
             sampled = sampled.roll(1, 1)
-        return TorchOps.verify(tree, sampled, max_emitted)
+        return ReferenceOps.verify(tree, sampled, max_emitted)
 
     def compact(self, caches, *args):
         if self.fault == "one cache":
             caches = caches[:1]
         if self.fault != "no move":
-            TorchOps.compact(caches, *args)
+            ReferenceOps.compact(caches, *args)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_the_fake_model_notices(fault):
 
 
 def test_the_fake_model_reads_the_caches():
-    engine = make_engine(TorchOps(), COIN, (4, 4, 4), 16)
+    engine = make_engine(ReferenceOps(), COIN, (4, 4, 4), 16)
     (request,) = start_all(engine, [prompt(30, COIN)], [(4, 4, 4)])
     engine.caches[1][request.blocks[0], 5, 1] += 1
     engine.step([request])

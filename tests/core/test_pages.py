@@ -10,13 +10,11 @@ from tests.core.build import (
     ints,
     make_batch,
     make_pages,
-    nodes_of,
     put_in_ring,
     write,
 )
-from tests.core.plain_python import ring_of
-from vllm_lookahead.core.ops import LookaheadOps
 from vllm_lookahead.core.pages import EMPTY, BlockPages, page_bytes
+from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.core.tree import CANDIDATE, WINDOW
 from vllm_lookahead.params import LookaheadParams
 
@@ -46,12 +44,12 @@ def decode(ops: LookaheadOps, pages: BlockPages, row: Row, sampled: list[int]) -
 
 def drafted(ops: LookaheadOps, pages: BlockPages, row: Row) -> set[int]:
     """Tokens of all nodes below the root."""
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), G))
+    (nodes,) = ops.propose(pages, make_batch([row]), G).nodes()
     return {node.token for node in nodes[1:]}
 
 
 def candidate_tokens(ops: LookaheadOps, pages: BlockPages, row: Row) -> list[int]:
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), G))
+    (nodes,) = ops.propose(pages, make_batch([row]), G).nodes()
     return [node.token for node in nodes if node.kind == CANDIDATE]
 
 
@@ -122,8 +120,8 @@ def test_a_follow_up_finds_the_jacobi_ngrams_of_its_prefix(ops):
     assert 81 not in text and 82 not in text
 
     # The tail was in block 5 up to the first position of block 2, then there.
-    assert any(gram[-1] == 81 for gram in ring_of(pages, 5))
-    shared = [gram for gram in ring_of(pages, 5) if EMPTY not in gram[1:]]
+    assert any(gram[-1] == 81 for gram in pages.ngrams(5))
+    shared = [gram for gram in pages.ngrams(5) if EMPTY not in gram[1:]]
     gram = shared[-1]
     follow_up = Row([5, 6], BLOCK + 1, gram[1], 0, N, G)
     write(ops, pages, [6], [gram[0]])  # what its own prompt ends with
@@ -148,7 +146,7 @@ def test_disjoint_blocks_never_share(ops):
     pages.window[0] = SECRET[50]
     rows = [Row(table, 20, X, W, N, G) for table in tables]
     batch = make_batch(rows, filler=5)
-    own, other = nodes_of(ops.propose(pages, batch, G))
+    own, other = ops.propose(pages, batch, G).nodes()
     assert [n.token for n in own if n.kind == CANDIDATE] == [
         *SECRET[10 : 10 + N - 1],
         *SECRET[: N - 1],
@@ -208,7 +206,7 @@ def test_the_oldest_of_a_ring_is_overwritten(ops, w):
         befores = [8, *keys[:-1]]
         harvested += [list(g) for g in zip(befores, keys, new, strict=True)]
         assert pages.ring_count.tolist() == [0, len(harvested)]
-        assert ring_of(pages, 1) == harvested[-size:]
+        assert pages.ngrams(1) == harvested[-size:]
 
 
 def test_pages_follow_copied_blocks():

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the n-gram pool finds, in which order, and whose it is."""
 
-import random
-
 import pytest
 
 from tests.core.build import (
@@ -10,15 +8,13 @@ from tests.core.build import (
     ints,
     make_batch,
     make_pages,
-    nodes_of,
     put_in_ring,
     write,
 )
-from tests.core.plain_python import draft_tree, lookup, until_empty
-from vllm_lookahead.core import pool
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.draft import pool
+from vllm_lookahead.core.draft.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.pool import ENTRIES_PER_CANDIDATE, MAX_CONTEXT
+from vllm_lookahead.core.reference import ReferenceOps
 
 X = 99  # the root
 G, N = 4, 4
@@ -26,13 +22,13 @@ G, N = 4, 4
 
 def candidates(pages: BlockPages, row: Row, g: int = G) -> list[list[int]]:
     """The chains that may follow a request's root, best first."""
-    (chains,) = pool.lookup(pages, make_batch([row]), g).tolist()
-    return [until_empty(chain) for chain in chains if chain[0] != EMPTY]
+    (request,) = make_batch([row]).requests()
+    return pool.lookup(pages, request, g)
 
 
 def request(pages: BlockPages, blocks: list[int], text: list[int], **sizes) -> Row:
     """A request whose prompt is `text` without its last token, the root."""
-    write(TorchOps(), pages, blocks, text[:-1])
+    write(ReferenceOps(), pages, blocks, text[:-1])
     n = pages.window.shape[1] + 1
     return Row(blocks, len(text) - 1, text[-1], **{"n": n, **sizes})
 
@@ -88,8 +84,8 @@ def test_a_chain_may_run_into_the_root():
 def test_a_chain_ends_where_the_history_is_unknown():
     """A block whose tokens nobody recorded, e.g. one loaded from elsewhere."""
     pages = make_pages(3, 16, 0, N)
-    write(TorchOps(), pages, [0], [*range(20, 35), X])
-    write(TorchOps(), pages, [2], [1, 2, 3, 4])
+    write(ReferenceOps(), pages, [0], [*range(20, 35), X])
+    write(ReferenceOps(), pages, [2], [1, 2, 3, 4])
     assert candidates(pages, Row([0, 1, 2], 36, X)) == []
     pages.tokens[1, 0], pages.tokens[1, 2] = 8, 9
     assert candidates(pages, Row([0, 1, 2], 36, X)) == [[8]]
@@ -98,7 +94,7 @@ def test_a_chain_ends_where_the_history_is_unknown():
 def test_unknown_tokens_agree_with_nothing():
     pages = make_pages(2, 16, 0, N)
     text = [1, EMPTY, X, 11, 12, 13, 2, 3, X, 21, 22, 23, 1, EMPTY]
-    write(TorchOps(), pages, [1], text)
+    write(ReferenceOps(), pages, [1], text)
     found = candidates(pages, Row([1], len(text), X))
     assert found == [[21, 22, 23], [11, 12, 13]]
 
@@ -146,7 +142,7 @@ def test_no_chain_is_a_prefix_of_an_earlier_one():
     assert found == [[1, 2, 4], [6, 7], [1, 2, 3]]
     # A longer one is new: it says more.
     put_in_ring(pages, 0, [(9, X, 6, 7), (9, X, 6)])
-    tree = TorchOps.propose(pages, make_batch([Row([0], 2, X)]), G)
+    tree = ReferenceOps.propose(pages, make_batch([Row([0], 2, X)]), G)
     assert tree.tokens[0, :3].tolist() == [X, 6, 7]
 
 
@@ -160,39 +156,3 @@ def test_each_request_has_its_own_limits(n, g):
     newest_first = [6, 5, 4, 3][:g]
     wanted = [[10 * i, 10 * i + 1, 10 * i + 2][: n - 1] for i in newest_first]
     assert found == wanted
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_random_pools_against_plain_python(seed):
-    """Histories and rings of few tokens, so that nearly everything agrees."""
-    rng = random.Random(seed)
-    w, n, g = rng.randint(0, 3), rng.randint(2, 6), rng.randint(0, 6)
-    size, vocab = rng.choice([4, 16]), rng.randint(1, 4)
-    pages = make_pages(13, size, w, n)
-    blocks = rng.sample(range(13), 13)
-    rows = []
-    for _ in range(3):
-        table = [blocks.pop() for _ in range(4)]
-        length = rng.choice([1, size, size + 1, 2 * size, rng.randint(1, 4 * size - 1)])
-        text = [rng.randrange(vocab) for _ in range(length + 1)]
-        rows.append(
-            request(pages, table, text, n=rng.randint(2, n), g=rng.randint(0, g))
-        )
-        for block in table if w else ():
-            grams = [
-                [rng.randrange(vocab) for _ in range(rng.randint(2, n + 1))]
-                for _ in range(rng.randint(0, pages.ring.shape[1]))
-            ]
-            put_in_ring(pages, block, grams)
-            # The ring has turned: the same n-grams, begun at another cell.
-            turn = rng.randint(0, 9) if len(grams) == pages.ring.shape[1] else 0
-            pages.ring[block] = pages.ring[block].roll(turn, 0)
-            pages.ring_count[block] += turn
-    if rng.random() < 0.3:
-        pages.tokens[:, rng.randrange(size)] = EMPTY  # never recorded
-
-    tree = TorchOps.propose(pages, make_batch(rows, filler=blocks[0]), g)
-
-    for row, nodes in zip(rows, nodes_of(tree), strict=True):
-        chains = lookup(pages, row, g)
-        assert nodes == draft_tree(row, chains, [])

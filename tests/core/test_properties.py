@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.build import clone_pages, make_tree, nodes_of, path_to
+from tests.core.build import clone_pages, make_tree, path_to
 from tests.core.equivalence import (
     Shape,
     State,
@@ -15,8 +15,9 @@ from tests.core.equivalence import (
     random_state,
 )
 from tests.core.test_verify import assert_verdict, random_tree
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.mask import ancestors
 from vllm_lookahead.core.pages import EMPTY
+from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
 from vllm_lookahead.params import LookaheadParams
 
@@ -60,10 +61,10 @@ def known_ngrams(state: State, b: int) -> list[list[int]]:
 def test_a_proposal_is_a_tree_of_known_ngrams(shape, seed):
     state = random_state(shape, seed)
     before = clone_pages(state.pages)
-    tree = TorchOps.propose(state.pages, state.batch, state.g)
+    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
     assert_same_pages(state.pages, before)
     batch = state.batch
-    for b, nodes in enumerate(nodes_of(tree)):
+    for b, nodes in enumerate(tree.nodes()):
         w, n, g = (
             int(size[b])
             for size in (
@@ -142,7 +143,7 @@ def test_a_verdict_is_a_path_of_matches(ops, shape, seed):
     tree = ops.propose(state.pages, state.batch, state.g)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
-    trees = nodes_of(tree)
+    trees = tree.nodes()
     assert_verdict(verdict, trees, sampled, state.n)
     for b, nodes in enumerate(trees):
         count = int(verdict.num_emitted[b])
@@ -175,7 +176,7 @@ def test_the_walk_on_any_tree(ops, sizes, vocab, max_emitted, rng):
 def test_a_node_sees_its_ancestors(sizes, rng):
     trees = [random_tree(rng, size, 5) for size in sizes]
     tree = make_tree(trees)
-    sees = tree.ancestors().tolist()
+    sees = ancestors(tree).tolist()
     for b, nodes in enumerate(trees):
         for i in range(max(sizes)):
             path = path_to(nodes, i) if i < len(nodes) else [i]

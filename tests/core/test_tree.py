@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draft tree against its definition (design brief, section 3), exhaustively.
+"""The draft tree against its definition, exhaustively.
 
 Candidates reach the tree as a user's do, through the pages: they are put into the
 ring of the request's block, so that `propose` finds them.
@@ -12,19 +12,18 @@ import pytest
 import torch
 
 from tests.core.build import (
-    Node,
     Row,
     make_batch,
     make_pages,
-    nodes_of,
     path_to,
     put_in_ring,
     write,
 )
 from tests.core.plain_python import draft_tree
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.mask import ancestors
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
+from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree, Node
 from vllm_lookahead.params import LookaheadParams
 
 BLOCK = 16
@@ -49,14 +48,14 @@ def propose(
     pages = make_pages(len(jobs), BLOCK, max(w, 1), n)
     batch = []
     for block, (chains, sizes) in enumerate(jobs):
-        write(TorchOps(), pages, [block], [3, 4, BEFORE])
+        write(ReferenceOps(), pages, [block], [3, 4, BEFORE])
         ngrams = [(BEFORE, ROOT_TOKEN, *chain) for chain in chains]
         put_in_ring(pages, block, ngrams[::-1])
         row = {"position": 3, "root": ROOT_TOKEN, "w": w, "n": n, "g": g, **sizes}
         batch.append(Row([block], **row))
     cells = [[window_token(r, j) for j in range(max(w, 1))] for r in range(n - 1)]
     pages.window[:] = torch.tensor(cells, dtype=torch.int32)
-    return TorchOps.propose(pages, make_batch(batch), g), batch
+    return ReferenceOps.propose(pages, make_batch(batch), g), batch
 
 
 def some_chains(g: int, n: int) -> list[list[int]]:
@@ -82,8 +81,8 @@ SMALL = list(itertools.product(range(5), range(2, 6), range(4)))
 def test_positions_and_mask_by_definition(w, n, g):
     chains = some_chains(g, n)
     tree, _ = propose(w, n, g, [chains])
-    (nodes,) = nodes_of(tree)
-    mask = tree.ancestors()[0]
+    (nodes,) = tree.nodes()
+    mask = ancestors(tree)[0]
 
     # By name: the root is window node (0, 0); a candidate is (chain, its index).
     window = [("window", r, j) for r in range(n - 1) for j in range(w)]
@@ -131,10 +130,8 @@ CANDIDATE_SETS = [
 @pytest.mark.parametrize("w", [0, 1, 3])
 def test_candidates_merge_where_prefixes_agree(w):
     tree, _ = propose(w, 4, 3, CANDIDATE_SETS)
-    mask = tree.ancestors()
-    for b, (nodes, chains) in enumerate(
-        zip(nodes_of(tree), CANDIDATE_SETS, strict=True)
-    ):
+    mask = ancestors(tree)
+    for b, (nodes, chains) in enumerate(zip(tree.nodes(), CANDIDATE_SETS, strict=True)):
         assert_is_tree(nodes)
         wanted = {chain[: k + 1] for chain in chains for k in range(len(chain))}
         branches = {}
@@ -157,7 +154,7 @@ def test_every_size_limit(w, n, g):
     rows = [{"max_nodes": limit} for limit in range(1, full + 3)]
     tree, batch = propose(w, n, g, [some_chains(g, n)], rows)
     window = [[window_token(r, j) for j in range(w)] for r in range(n - 1)]
-    trees = nodes_of(tree)
+    trees = tree.nodes()
     for row, nodes in zip(batch, trees, strict=True):
         assert_is_tree(nodes)
         assert len(nodes) <= row.max_nodes
@@ -182,7 +179,7 @@ def test_each_request_has_its_own_sizes():
     rows = [dict(zip(names, size, strict=True)) for size in sizes]
     tree, batch = propose(w, n, g, [some_chains(g, n)], rows)
     window = [[window_token(r, j) for j in range(w)] for r in range(n - 1)]
-    for row, nodes in zip(batch, nodes_of(tree), strict=True):
+    for row, nodes in zip(batch, tree.nodes(), strict=True):
         assert_is_tree(nodes)
         chains = [c[: row.n - 1] for c in some_chains(g, n)[: row.g]]
         assert nodes == draft_tree(row, chains, window)
@@ -200,6 +197,6 @@ def test_padding_is_inert():
     assert (tree.parents[0, small:] == EMPTY).all()
     assert (tree.kinds[0, small:] != CANDIDATE).all()
     assert (tree.kinds[0, small:] != WINDOW).all()
-    sees = tree.ancestors()[0]
+    sees = ancestors(tree)[0]
     assert not sees[:small, small:].any()
     assert not sees[small:, :small].any()

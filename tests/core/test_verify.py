@@ -6,11 +6,11 @@ import random
 import pytest
 import torch
 
-from tests.core.build import Node, Row, ints, make_batch, make_tree
+from tests.core.build import Row, ints, make_batch, make_tree
 from tests.core.plain_python import walk
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, Node
 from vllm_lookahead.core.verify import Verdict
 
 

@@ -13,12 +13,11 @@ from tests.core.build import (
     ints,
     make_batch,
     make_pages,
-    nodes_of,
     write,
 )
-from tests.core.plain_python import PaperWindow, ring_of
-from vllm_lookahead.core.ops import LookaheadOps
+from tests.core.plain_python import PaperWindow
 from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.core.tree import CANDIDATE, WINDOW
 
 BLOCK = 16
@@ -59,7 +58,7 @@ class Simulation:
         for logical, block in enumerate(self.row.blocks):
             padding = [EMPTY] * (self.page_n - n)
             grams = [gram + padding for gram in self.log[logical]]
-            assert ring_of(pages, block) == grams[-size:]
+            assert pages.ngrams(block) == grams[-size:]
             assert pages.ring_count[block] == len(grams)
         page = pages.window[self.row.blocks[tail]]
         assert self.window is not None
@@ -95,7 +94,7 @@ def step(
     verdict = ops.verify(tree, sampled, n)
     ops.update(pages, batch, tree, sampled, verdict)
     for b, (simulation, nodes) in enumerate(
-        zip(simulations, nodes_of(tree), strict=True)
+        zip(simulations, tree.nodes(), strict=True)
     ):
         window = [i for i, node in enumerate(nodes) if node.kind == WINDOW]
         simulation.feed([nodes[i].token for i in window])
@@ -147,7 +146,7 @@ def test_seeds_are_runs_of_the_history(ops, position, w, n):
     text = list(range(100, 100 + position))
     write(ops, pages, [3, 1, 4], text)
     row = Row([3, 1, 4], position, 5, w, n, 0)
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), 0))
+    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
     fed = [node.token for node in nodes]
     assert len(fed) == w * (n - 1)
     assert set(fed[1:]) <= set(text)
@@ -164,7 +163,7 @@ def test_seeds_are_runs_of_the_history(ops, position, w, n):
 def test_unknown_history_is_seeded_with_the_root(ops):
     pages = make_pages(1, BLOCK, 3, 3)
     row = Row([0], 10, 77, 3, 3, 0)
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), 0))
+    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
     assert [node.token for node in nodes] == [77] * 6
 
 
@@ -173,7 +172,7 @@ def test_only_unused_cells_are_seeded(ops):
     write(ops, pages, [1], [50, 50, 50])
     pages.window[1] = ints([[EMPTY, 1, 2], [3, EMPTY, 4], [5, 6, EMPTY]])
     row = Row([1], 3, 77, 3, 4, 0)
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), 0))
+    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
     assert [node.token for node in nodes] == [77, 1, 2, 3, 50, 4, 5, 6, 50]
 
 
@@ -183,7 +182,7 @@ def test_the_window_is_that_of_the_block_of_the_last_final_token(ops, position, 
     pages = make_pages(2, BLOCK, 2, 3)
     pages.window[0], pages.window[1] = 10, 11
     row = Row(blocks, position, 5, 2, 3, 0)
-    (nodes,) = nodes_of(ops.propose(pages, make_batch([row]), 0))
+    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
     assert [node.token for node in nodes] == [5, 11, 11, 11]
 
 

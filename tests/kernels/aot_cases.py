@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict

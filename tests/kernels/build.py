@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from tests.core.build import Node, ints, make_tree
+from tests.core.build import ints, make_tree
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.draft.chains import merge
+from vllm_lookahead.core.draft.pool import until_empty
+from vllm_lookahead.core.draft.window import add_window
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
+from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree, Node
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
@@ -63,6 +66,28 @@ def random_trees(
     names = ("tokens", "parents", "depths", "kinds")
     kept = {name: getattr(tree, name)[:-1].contiguous() for name in names}
     return poison_padding(replace(tree, **kept, num_nodes=ints(list(sizes))))
+
+
+def reference_trees(
+    batch: RequestBatch, candidates: torch.Tensor, windows: torch.Tensor, size: int
+) -> DraftTree:
+    """Trees of given chains and windows.
+
+    Args:
+        batch: B requests.
+        candidates: [B, G, N-1] int32, EMPTY beyond a chain's end.
+        windows: [B, N-1, W] int32.
+        size: T.
+    """
+    trees = []
+    for request, chains, window in zip(
+        batch.requests(), candidates.tolist(), windows.tolist(), strict=True
+    ):
+        nodes = merge([until_empty(chain) for chain in chains], request)
+        rows = window[: request.ngram_size - 1]
+        own = [row[: request.window_size] for row in rows]
+        trees.append(add_window(nodes, own, request.max_nodes))
+    return DraftTree.of(trees, size)
 
 
 def dense(verdict: Verdict) -> Verdict:
@@ -125,4 +150,4 @@ class AnySizeTritonOps(TritonOps):
         super().update(pages, batch, tree, sampled, dense(verdict))
 
 
-ORACLE = TorchOps()
+ORACLE = ReferenceOps()

@@ -4,6 +4,7 @@ import torch
 
 from tests.core.build import ints
 from tests.kernels.build import POISON, poisoned, random_trees
+from vllm_lookahead.core.mask import ancestors
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.triton_kernels.mask import build_mask
 
@@ -51,7 +52,7 @@ def test_bits_and_positions_of_ragged_trees(sizes, columns, max_depth):
             tree.num_nodes[b : b + 1],
         )
         if size:
-            assert torch.equal(seen[b, :size, :size], one.ancestors()[0])
+            assert torch.equal(seen[b, :size, :size], ancestors(one)[0])
         assert not seen[b, size:].any()
         assert not seen[b, :, size:].any()
         flat = slice(start, start + size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TritonOps` against `TorchOps`, on a part of what all implementations do."""
+"""`TritonOps` against `ReferenceOps`, on a part of what all implementations do."""
 
 from dataclasses import replace
 

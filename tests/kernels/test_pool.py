@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import random
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from tests.core.build import Row, clone_pages, ints, make_batch, make_pages
+from tests.core.build import (
+    Row,
+    clone_pages,
+    ints,
+    make_batch,
+    make_pages,
+    put_in_ring,
+)
 from tests.core.equivalence import Shape, assert_same_pages, random_state
+from tests.core.test_pool import request as request_of
 from tests.kernels.build import ORACLE, POISON, poison_table, poisoned
-from vllm_lookahead.core import pool as oracle
+from vllm_lookahead.core.draft import pool as reference
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.triton_kernels import pool
 from vllm_lookahead.triton_kernels.pages import write_tokens
@@ -24,8 +33,18 @@ def look_up(pages, batch, g, splits=None):
     return candidates
 
 
+def expected_chains(pages, batch, g):
+    """The reference's, padded to [B, G, N-1]."""
+    k = pages.window.shape[1]
+    chains = torch.full((len(batch.root), g, k), EMPTY, dtype=torch.int32)
+    for b, request in enumerate(batch.requests()):
+        for i, chain in enumerate(reference.lookup(pages, request, g)):
+            chains[b, i, : len(chain)] = ints(chain)
+    return chains
+
+
 def assert_same_lookup(pages, batch, g, splits=None):
-    expected = oracle.lookup(pages, batch, g)
+    expected = expected_chains(pages, batch, g)
     batch = poison_table(batch, pages.block_size, ahead=-1)
     assert torch.equal(look_up(pages, batch, g, splits), expected)
     return expected
@@ -195,3 +214,35 @@ def test_scratch_too_small():
             ints([[[0] * 2] * 2] * 3),
             splits=64,
         )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_pools(seed):
+    """Histories and rings of few tokens, so that nearly everything agrees."""
+    rng = random.Random(seed)
+    w, n, g = rng.randint(0, 3), rng.randint(2, 6), rng.randint(0, 6)
+    size, vocab = rng.choice([4, 16]), rng.randint(1, 4)
+    pages = make_pages(13, size, w, n)
+    blocks = rng.sample(range(13), 13)
+    rows = []
+    for _ in range(3):
+        table = [blocks.pop() for _ in range(4)]
+        length = rng.choice([1, size, size + 1, 2 * size, rng.randint(1, 4 * size - 1)])
+        text = [rng.randrange(vocab) for _ in range(length + 1)]
+        rows.append(
+            request_of(pages, table, text, n=rng.randint(2, n), g=rng.randint(0, g))
+        )
+        for block in table if w else ():
+            grams = [
+                [rng.randrange(vocab) for _ in range(rng.randint(2, n + 1))]
+                for _ in range(rng.randint(0, pages.ring.shape[1]))
+            ]
+            put_in_ring(pages, block, grams)
+            # The ring has turned: the same n-grams, begun at another cell.
+            turn = rng.randint(0, 9) if len(grams) == pages.ring.shape[1] else 0
+            pages.ring[block] = pages.ring[block].roll(turn, 0)
+            pages.ring_count[block] += turn
+    if rng.random() < 0.3:
+        pages.tokens[:, rng.randrange(size)] = EMPTY  # never recorded
+
+    assert_same_lookup(pages, make_batch(rows, filler=blocks[0]), g)

@@ -12,9 +12,10 @@ pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams
 
+from tests.kernels.build import reference_trees
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree, build_tree
+from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree
 from vllm_lookahead.engine.v2.sizes import NGRAM, TREE, VERIFY, RequestSizes
 from vllm_lookahead.engine.v2.sizes import WINDOW as W_ROW
 from vllm_lookahead.engine.v2.step import Plan, TreeStep
@@ -59,7 +60,7 @@ def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTr
         column(sizes[TREE]),
     )
     window = torch.randint(2, 90, (count, k, w), generator=draw).int()
-    return build_tree(batch, candidates, window)
+    return reference_trees(batch, candidates, window, server.max_tree_size)
 
 
 def flat_batch(slots_of: list[int], num_tokens: list[int], trees: int) -> Any:
@@ -171,7 +172,8 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
     one = [column([x]) for x in (10, 5, 3, 3, 3, 12)]
     candidates = torch.full((1, 3, 2), -1, dtype=torch.int32)
     window = torch.arange(20, 26).view(1, 2, 3).int()
-    tree = build_tree(RequestBatch(table, *one), candidates, window)
+    batch = RequestBatch(table, *one)
+    tree = reference_trees(batch, candidates, window, params.max_tree_size)
     assert tree.num_nodes[0] == 6
     slots, step = TreeSlots(SLOTS, 12, device), TreeStep(SLOTS, 64, params, device)
     slots.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))

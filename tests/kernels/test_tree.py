@@ -5,9 +5,10 @@ import torch
 from tests.core.build import Row, make_batch, make_pages
 from tests.core.equivalence import Shape, assert_same_trees, random_state
 from tests.kernels.build import POISON, poison_table, poisoned
+from vllm_lookahead.core.draft.chains import merge
+from vllm_lookahead.core.draft.pool import until_empty
+from vllm_lookahead.core.draft.window import add_window, read_window
 from vllm_lookahead.core.tree import ROOT, DraftTree
-from vllm_lookahead.core.tree import build_tree as build_tree_oracle
-from vllm_lookahead.core.window import read_window
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.tree import build_tree
 
@@ -21,6 +22,15 @@ def random_chains(b: int, g: int, k: int, vocab: int) -> torch.Tensor:
     chains = torch.randint(0, vocab, (b, g, k), dtype=torch.int32)
     length = torch.randint(0, k + 1, (b, g, 1))
     return chains.masked_fill(torch.arange(k) >= length, -1)
+
+
+def reference(pages, batch, candidates, size):
+    trees = []
+    for request, chains in zip(batch.requests(), candidates.tolist(), strict=True):
+        nodes = merge([until_empty(chain) for chain in chains], request)
+        window = read_window(pages, request)
+        trees.append(add_window(nodes, window, request.max_nodes))
+    return DraftTree.of(trees, size)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +55,7 @@ def test_same_as_the_oracle(shape):
         pages, batch = state.pages, state.batch
         b = shape.batch
         candidates = random_chains(b, shape.g, shape.n - 1, shape.vocab)
-        window = read_window(pages, batch)
-        expected = build_tree_oracle(batch, candidates, window)
+        expected = reference(pages, batch, candidates, params.max_tree_size)
         tree = empty_tree(b, params.max_tree_size)
         batch = poison_table(batch, pages.block_size, ahead=-1)
         build_tree(pages, batch, candidates, tree)

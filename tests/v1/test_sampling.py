@@ -20,7 +20,7 @@ from tests.harness.jobs import (
     same_logprobs,
 )
 from tests.v1.test_lossless import DEFAULT, FULL, TREE
-from vllm_lookahead.core.noise import gumbel_noise
+from vllm_lookahead.core.draft.noise import gumbel_noise
 from vllm_lookahead.engine.v1.sampling import upcoming_noise
 
 

@@ -6,6 +6,24 @@ from dataclasses import dataclass
 import torch
 
 
+@dataclass(frozen=True)
+class Request:
+    """One request of a batch in plain numbers; fields as in `RequestBatch`."""
+
+    blocks: list[int]
+    position: int
+    root: int
+    window_size: int
+    ngram_size: int
+    verification_set_size: int
+    max_nodes: int
+
+    def slot(self, position: int, block_size: int) -> int:
+        """Physical slot of a position."""
+        block = self.blocks[position // block_size]
+        return block * block_size + position % block_size
+
+
 @dataclass
 class RequestBatch:
     """The decode requests of a step; B of them, each at its root.
@@ -30,20 +48,13 @@ class RequestBatch:
     verification_set_size: torch.Tensor
     max_nodes: torch.Tensor
 
-    def slots(self, position: torch.Tensor, block_size: int) -> torch.Tensor:
-        """Physical slot of each position, through the request's block table.
+    def requests(self) -> list[Request]:
+        """Each in plain numbers, for loops."""
+        columns = (column.tolist() for column in vars(self).values())
+        return [Request(*row) for row in zip(*columns, strict=True)]
 
-        Args:
-            position: [B, n] integers; negative ones give slot -1.
-            block_size: tokens per block.
-
-        Returns:
-            [B, n] int64.
-        """
-        position = position.long()
-        logical = position.div(block_size, rounding_mode="floor").clamp(
-            0, self.block_table.shape[1] - 1
-        )
-        block = self.block_table.gather(1, logical).long()
-        slot = block * block_size + position % block_size
-        return slot.where(position >= 0, -1)
+    def root_slots(self, block_size: int) -> torch.Tensor:
+        """[B] int64, the physical slot of each root."""
+        logical = (self.position // block_size).long()[:, None]
+        block = self.block_table.gather(1, logical)[:, 0].long()
+        return block * block_size + self.position % block_size

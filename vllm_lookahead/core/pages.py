@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_lookahead.core.batch import Request
 from vllm_lookahead.params import LookaheadParams
 
 EMPTY = -1
@@ -68,6 +69,18 @@ class BlockPages:
     def block_size(self) -> int:
         return self.tokens.shape[1]
 
+    def history(self, request: Request) -> list[int]:
+        """A request's tokens at positions 0..p-1, EMPTY where unknown."""
+        num_blocks = -(-request.position // self.block_size)
+        tokens = self.tokens[request.blocks[:num_blocks]].flatten()
+        return tokens[: request.position].tolist()
+
+    def ngrams(self, block: int) -> list[list[int]]:
+        """A block's ring, oldest first: (token before the key, key, values) each."""
+        count, ring = int(self.ring_count[block]), self.ring[block].tolist()
+        kept = range(max(0, count - len(ring)), count)
+        return [ring[at % len(ring)] for at in kept]
+
     def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Pages follow their blocks when vLLM copies K/V. src, dst: [n] int64."""
         for page in (self.tokens, self.ring, self.ring_count, self.window):
@@ -85,23 +98,3 @@ def page_bytes(block_size: int, params: LookaheadParams) -> int:
     n, w = params.ngram_size, params.window_size
     cells = block_size + ring_size(block_size, params) * (n + 1) + 1 + (n - 1) * w
     return 4 * cells
-
-
-def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Record tokens in the slots that now hold their K/V.
-
-    A block whose first slot is written has a new owner: its ring and window are
-    emptied, so that nothing of the previous owner remains visible.
-
-    Args:
-        pages: written in place.
-        slots: [n] int64, physical slots; negative ones are skipped.
-        tokens: [n] int32 or int64.
-    """
-    keep = slots >= 0
-    slots, tokens = slots[keep], tokens[keep]
-    pages.tokens.view(-1)[slots] = tokens.to(torch.int32)
-    fresh = slots[slots % pages.block_size == 0] // pages.block_size
-    pages.ring[fresh] = EMPTY
-    pages.ring_count[fresh] = 0
-    pages.window[fresh] = EMPTY

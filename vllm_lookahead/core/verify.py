@@ -7,13 +7,13 @@ true conditional, so the output is the model's for any sampler; the last one has
 no node of its own and is the bonus token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.tree import CANDIDATE, DraftTree
+from vllm_lookahead.core.tree import CANDIDATE, DraftTree, Node
 
 
 @dataclass
@@ -32,64 +32,37 @@ class Verdict:
     num_emitted: torch.Tensor
 
 
-def verify(tree: DraftTree, sampled: torch.Tensor, max_emitted: int) -> Verdict:
-    """Walk every tree at once.
+def walk(nodes: Sequence[Node], sampled: Sequence[int], max_emitted: int) -> list[int]:
+    """The nodes that tokens are emitted at: the root, and the candidates that match.
 
     Args:
-        tree: siblings carry distinct tokens (`build_tree` merges equal ones).
+        nodes: of one tree.
+        sampled: the token sampled at each node.
+        max_emitted: N.
+    """
+    path = [0] if nodes else []
+    for i, node in enumerate(nodes):  # a child comes after its parent
+        matches = node.kind == CANDIDATE and node.token == sampled[node.parent]
+        if matches and node.parent == path[-1] and len(path) < max_emitted:
+            path.append(i)
+    return path
+
+
+def verify(tree: DraftTree, sampled: torch.Tensor, max_emitted: int) -> Verdict:
+    """Walk every tree.
+
+    Args:
+        tree: siblings carry distinct tokens. A tree of 0 nodes emits nothing.
         sampled: [B, T] integers, the token sampled at each node; only the root's
             and the candidates' are read.
         max_emitted: N, columns of the result.
     """
-    sampled = sampled.to(torch.int32)
-    parent = tree.parents.clamp(min=0).long()
-    matches = (tree.kinds == CANDIDATE) & (tree.tokens == sampled.gather(1, parent))
-    # On the path: the root, and a match whose parent is on the path.
-    accepted = torch.zeros_like(matches)
-    accepted[:, 0] = True
-    for _ in range(max_emitted - 1):
-        accepted |= matches & accepted.gather(1, parent)
-
-    size = tree.tokens.shape[1]
-    node = torch.arange(size, dtype=torch.int32, device=parent.device)
-    depth = tree.depths.long().where(accepted, max_emitted)  # one spare column
-    path = sampled.new_full((sampled.shape[0], max_emitted + 1), EMPTY)
-    path.scatter_(1, depth, node.expand(depth.shape))
-    path = path[:, :max_emitted]
-    tokens = sampled.gather(1, path.clamp(min=0).long()).where(path >= 0, EMPTY)
-    return Verdict(tokens, path, (path >= 0).sum(1, dtype=torch.int32))
-
-
-def accepted_moves(
-    batch: RequestBatch, verdict: Verdict, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots that the accepted nodes' K/V must move from and to.
-
-    Node i lies in the slot of position p+i; accepted at depth d it belongs in
-    that of p+d. A node never lies below its target, and paths ascend, so a move
-    is safe in place when each reads before it writes.
-
-    Returns:
-        src, dst: [B, N-1] int64 physical slots, -1 beyond the accepted ones.
-    """
-    node = verdict.path[:, 1:].long()
-    position = batch.position[:, None].long()
-    depth = torch.arange(1, node.shape[1] + 1, device=node.device)
-    at = position + node
-    to = (position + depth).where(node >= 0, EMPTY)
-    src = batch.slots(at.where(node >= 0, EMPTY), block_size)
-    return src, batch.slots(to, block_size)
-
-
-def move_slots(
-    caches: list[torch.Tensor], src: torch.Tensor, dst: torch.Tensor
-) -> None:
-    """Move K/V between slots, in place, in every cache.
-
-    Args:
-        caches: views of shape [num_blocks, block_size, ...], any strides.
-        src, dst: [n] int64 physical slots.
-    """
-    for cache in caches:
-        size = cache.shape[1]
-        cache[dst // size, dst % size] = cache[src // size, src % size]
+    shape = len(tree.num_nodes), max_emitted
+    tokens = torch.full(shape, EMPTY, dtype=torch.int32)
+    path = tokens.clone()
+    for b, (nodes, answers) in enumerate(
+        zip(tree.nodes(), sampled.tolist(), strict=True)
+    ):
+        for i, node in enumerate(walk(nodes, answers, max_emitted)):
+            tokens[b, i], path[b, i] = answers[node], node
+    return Verdict(tokens, path, (path != EMPTY).sum(1, dtype=torch.int32))

@@ -13,7 +13,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS, model_bigrams
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS, model_bigrams
 
 logger = init_logger("vllm.lookahead")
 
@@ -66,7 +66,7 @@ class LoneTokens:
 def ask_model(
     model: Any, vllm_config: VllmConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The tables that `core.bigrams.complete` takes.
+    """The tables that `core.draft.bigrams.complete` takes.
 
     Args:
         model: loaded, its attention layers taught to read `LoneTokens`.
@@ -74,8 +74,8 @@ def ask_model(
         device: of the model.
 
     Returns:
-        bigrams and their logits, as `core.bigrams.model_bigrams`, the same on every
-        rank; None for a model that needs more than token ids and positions.
+        bigrams and their logits, as `core.draft.bigrams.model_bigrams`, the same on
+        every rank; None for a model that needs more than token ids and positions.
     """
     config = vllm_config.model_config
     needs_more = (

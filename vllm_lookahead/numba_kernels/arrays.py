@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Hints
+from vllm_lookahead.core.draft.best_first import Hints
 from vllm_lookahead.core.pages import BlockPages
 
 # Pages live as long as the engine, and a view costs 1 us to make.

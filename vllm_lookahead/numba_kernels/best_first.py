@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`core.best_first.grow`, a request at a time and in one call."""
+"""`core.draft.best_first.grow`, a request at a time and in one call."""
 
 import math
 
@@ -7,15 +7,15 @@ import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import (
+from vllm_lookahead.core.draft.best_first import (
     MAX_AGREEMENT,
     MAX_SEEN,
     WEIGHTS,
     Hints,
 )
+from vllm_lookahead.core.draft.window import SEED_STRIDE
 from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
-from vllm_lookahead.core.window import SEED_STRIDE
 from vllm_lookahead.numba_kernels.arrays import (
     array,
     batch_arrays,
@@ -39,7 +39,7 @@ def _splitmix64(z):
 
 @kernel
 def _gumbel_noise(seed, token):
-    """`core.noise.gumbel_noise`."""
+    """`core.draft.noise.gumbel_noise`."""
     step = np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15)
     bits = _splitmix64(_splitmix64(np.uint64(seed)) + step) >> np.uint64(11)
     return -math.log(-math.log((np.float64(bits) + 0.5) * 2.0**-53))
@@ -391,7 +391,7 @@ def _grow_kernel(
 def grow(
     pages: BlockPages, batch: RequestBatch, hints: Hints, least: float
 ) -> tuple[DraftTree, torch.Tensor]:
-    """`core.best_first.grow`."""
+    """`core.draft.best_first.grow`."""
     num_requests, (_, num_rows, num_columns) = len(batch.root), pages.window.shape
     leaves = array(batch.verification_set_size, torch.int32)
     most = int(leaves.max()) * num_rows if num_requests else 0

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Hints, Rejected
+from vllm_lookahead.core.draft.best_first import Hints, Rejected
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.numba_kernels import attention as attention_lib
 from vllm_lookahead.numba_kernels import best_first
@@ -20,7 +20,7 @@ from vllm_lookahead.params import LookaheadParams
 
 
 class NumbaOps:
-    """On CPU tensors, with the results of `TorchOps`. Trees are grown best first."""
+    """On CPU tensors, with the results of `core.reference`."""
 
     write_tokens = staticmethod(update_lib.write_tokens)
     grow = staticmethod(best_first.grow)

@@ -129,7 +129,7 @@ def update(
     sampled: torch.Tensor,
     verdict: Verdict,
 ) -> None:
-    """`TorchOps.update`."""
+    """`ReferenceOps.update`."""
     _update_kernel(
         *page_arrays(pages),
         array(batch.block_table, torch.int32),

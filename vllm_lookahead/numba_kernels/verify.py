@@ -95,7 +95,7 @@ def compact(
     verdict: Verdict,
     block_size: int,
 ) -> None:
-    """`TorchOps.compact`. Nothing moves where the first chain was accepted."""
+    """`ReferenceOps.compact`. Nothing moves where the first chain was accepted."""
     num_requests, max_emitted = verdict.path.shape
     slots = np.empty((2, num_requests * (max_emitted - 1)), np.int64)
     num_moved = _moves_kernel(

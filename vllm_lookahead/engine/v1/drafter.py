@@ -11,8 +11,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Hints
-from vllm_lookahead.core.draft_size import DraftSizePolicy
+from vllm_lookahead.core.draft.best_first import Hints
+from vllm_lookahead.core.draft.price import DraftSizePolicy
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
@@ -34,7 +34,8 @@ class TreeDrafter:
     Attributes:
         server: the sizes that the server was started with, the most of each.
         sizes: those of each request that drafts.
-        bigrams: [V, R] int32, see `core.bigrams`; V is 0 before the model was asked.
+        bigrams: [V, R] int32, see `core.draft.bigrams`; V is 0 before the model was
+            asked.
         bigram_logits: [V, R] float32 of them.
         policy: how likely a node must be to be worth its time.
     """

@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Rejected
+from vllm_lookahead.core.draft.best_first import Rejected
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.batch import Request
+from vllm_lookahead.core.draft.pool import until_empty
 from vllm_lookahead.core.pages import EMPTY
 
 # Successors kept of a token: that many chains may start where the pool has none, and
@@ -52,35 +53,37 @@ def model_bigrams(
 
 
 def complete(
-    candidates: torch.Tensor, batch: RequestBatch, bigrams: torch.Tensor
-) -> torch.Tensor:
+    chains: list[list[int]],
+    request: Request,
+    bigrams: torch.Tensor,
+    max_candidates: int,
+) -> list[list[int]]:
     """Start chains at the root's successors, and go on where chains end early.
 
     Args:
-        candidates: [B, G, K] int32 chains from the pool, EMPTY beyond a chain's end.
-        batch: B requests.
+        chains: from the pool, best first.
+        request: its N bounds the length of a chain, its G their number.
         bigrams: [V, R] int32, as `model_bigrams` makes it.
+        max_candidates: G of the server.
 
     Returns:
-        [B, G, K] int32, the chains completed.
+        The chains completed, and others behind them.
     """
-    num_chains, num_values = candidates.shape[1:]
-    vocab_size, successors = bigrams.shape
-    rank = torch.arange(num_chains, device=candidates.device)
-    nth = rank - (candidates[..., 0] != EMPTY).sum(1)[:, None]  # [B, G]
-    begins = (nth >= 0) & (nth < successors)
-    begins &= rank < batch.verification_set_size[:, None]
-    length = (batch.ngram_size[:, None] - 1).where(begins | (nth < 0), 0)
+    vocab_size, num_successors = bigrams.shape
 
-    last, column = batch.root[:, None].long(), nth.where(begins, 0)
-    out = []
-    for i in range(num_values):
-        known = (last >= 0) & (last < vocab_size) & (i < length)
-        last = last.clamp(0, vocab_size - 1).expand(column.shape)
-        following = (
-            bigrams[last].gather(-1, column[..., None])[..., 0].where(known, EMPTY)
-        )
-        token = candidates[..., i].where(candidates[..., i] != EMPTY, following)
-        last, column = token.long(), torch.zeros_like(column)
-        out.append(token)
-    return torch.stack(out, -1)
+    def successor(token: int, nth: int = 0) -> int:
+        return int(bigrams[token, nth]) if 0 <= token < vocab_size else EMPTY
+
+    wanted = min(request.verification_set_size, max_candidates)
+    starts = min(wanted - len(chains), num_successors)
+    begun = [[successor(request.root, nth)] for nth in range(max(0, starts))]
+    completed = []
+    for chain in [*chains, *begun]:
+        chain = until_empty(chain)
+        while chain and len(chain) < request.ngram_size - 1:
+            token = successor(chain[-1])
+            if token == EMPTY:
+                break
+            chain = [*chain, token]
+        completed.append(chain)
+    return [chain for chain in completed if chain]

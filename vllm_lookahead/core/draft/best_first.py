@@ -6,7 +6,7 @@ logits after a node:
 
 - the pool: what followed the node's token in the pages, and how far the tokens before
   it agree;
-- the model's bigrams, `core.bigrams`;
+- the model's bigrams, `core.draft.bigrams`;
 - the last step's answer at the same place. Of a rejected node the token was wrong, but
   not the place: its logits, less the bigrams of its token, tell what the context asks
   for. This is Jacobi iteration on logits rather than tokens (cf. Luo et al. 2024,
@@ -25,11 +25,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.noise import gumbel_noise
+from vllm_lookahead.core.batch import Request, RequestBatch
+from vllm_lookahead.core.draft.noise import gumbel_noise
+from vllm_lookahead.core.draft.window import add_window, read_window
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, DraftTree, add_window
-from vllm_lookahead.core.window import read_window
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, DraftTree, Node
+from vllm_lookahead.params import LookaheadParams
 
 # Weights of the terms of the estimate. `benchmarks/fit_estimate.py` on two models and
 # prompts that no figure of the README is of, at temperatures 0, 0.8 and 1.2: 0.51,
@@ -123,17 +124,13 @@ class Drafter:
     """
 
     def __init__(
-        self, pages: BlockPages, batch: RequestBatch, hints: Hints, b: int
+        self, pages: BlockPages, request: Request, hints: Hints, b: int
     ) -> None:
-        position, size = int(batch.position[b]), pages.block_size
-        blocks = batch.block_table[b, : -(-position // size)].long()
-        tokens = pages.tokens[blocks].flatten()[:position]
-        self.history = [*tokens.tolist(), int(batch.root[b])]
+        self.history = [*pages.history(request), request.root]
         self.grams: list[list[int]] = []
-        for block in blocks.tolist()[::-1]:
-            count, ring = int(pages.ring_count[block]), pages.ring[block].tolist()
-            kept = min(count, len(ring))
-            self.grams += [ring[(count - 1 - i) % len(ring)] for i in range(kept)]
+        num_blocks = -(-request.position // pages.block_size)
+        for block in reversed(request.blocks[:num_blocks]):
+            self.grams += pages.ngrams(block)[::-1]
         self.hints, self.b = hints, b
 
     def seen_after(self, path: list[int]) -> tuple[list[tuple[int, int, int]], int]:
@@ -255,31 +252,26 @@ def grow(
         tree: padded to T nodes, candidates in falling order of their chance.
         expected: [B] float64, accepted candidates if the estimate is right.
     """
-    b, (n, w) = len(batch.root), (pages.window.shape[1] + 1, pages.window.shape[2])
-    most = int(batch.verification_set_size.max()) * (n - 1) if b else 0
-    size = 1 + most + max(0, w * (n - 1) - 1)
-    columns = torch.full((4, b, size), EMPTY, dtype=torch.int32)
-    columns[2:4] = torch.tensor([0, ROOT])[:, None, None]
-    columns[0, :, 0] = batch.root
-    num_nodes = torch.ones(b, dtype=torch.int32)
-    expected = torch.zeros(b, dtype=torch.float64)
-    for i in range(b):
-        nodes = _grow_one(Drafter(pages, batch, hints, i), batch, i, least)
-        for node, (chance, parent, path) in enumerate(nodes[1:], 1):
-            values = path[-1], parent, len(path), CANDIDATE
-            columns[:, i, node] = torch.tensor(values)
-            expected[i] += math.exp(chance)
-        num_nodes[i] = len(nodes)
-    tree = DraftTree(*[*columns, num_nodes])
-    return add_window(batch, tree, read_window(pages, batch)), expected
+    k, w = pages.window.shape[1:]
+    g = int(batch.verification_set_size.max()) if len(batch.root) else 0
+    trees, expected = [], torch.zeros(len(batch.root), dtype=torch.float64)
+    for b, request in enumerate(batch.requests()):
+        chosen = _grow_one(Drafter(pages, request, hints, b), request, least)
+        nodes = [Node(request.root, EMPTY, 0, ROOT)]
+        for chance, parent, path in chosen[1:]:
+            nodes.append(Node(path[-1], parent, len(path), CANDIDATE))
+            expected[b] += math.exp(chance)
+        window = read_window(pages, request)
+        trees.append(add_window(nodes, window, request.max_nodes))
+    return DraftTree.of(trees, LookaheadParams(w, k + 1, g).max_tree_size), expected
 
 
 def _grow_one(
-    drafter: Drafter, batch: RequestBatch, b: int, least: float
+    drafter: Drafter, request: Request, least: float
 ) -> list[tuple[float, int, list[int]]]:
     """(log-chance, parent, path) of each node, the root's first."""
-    leaves, depth = int(batch.verification_set_size[b]), int(batch.ngram_size[b]) - 1
-    most = min(int(batch.max_nodes[b]), 1 + leaves * depth)
+    leaves, depth = request.verification_set_size, request.ngram_size - 1
+    most = min(request.max_nodes, 1 + leaves * depth)
     nodes: list[tuple[float, int, list[int]]] = [(0.0, EMPTY, [])]
     waiting: list[tuple[float, int, list[int]]] = []
     num_leaves, is_parent = 0, {0}
