@@ -210,6 +210,7 @@ def measure(
             tokens = sum(len(t) for steps in result["steps"] for t in steps)
             steps = sum(map(len, result["steps"]))
             outputs: list[list[int]] = [sum(steps, []) for steps in result.pop("steps")]
+            del result["times"]
             result |= {"tokens": tokens, "request_steps": steps, "outputs": outputs}
             turns[method].append(result)
             print(f"turn {turn + 1}, {method}: {tokens / result['seconds']:.1f} tok/s",
