@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class EngineProcess:
     def _result(self) -> dict[str, Any]:
         line = self.results.readline()
         if not line:
+            # What it died of comes last in its log.
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
             raise RuntimeError(f"the engine died:\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
