@@ -15,7 +15,6 @@ says how many are computed. A server of the tree's own size computes no more tha
 import argparse
 import json
 import statistics
-import sys
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -192,7 +191,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     result: dict[str, Any] = {
         "settings": {k: v for k, v in vars(args).items() if k != "out"},
-        "command": " ".join(sys.argv),
         "rows": [],
     }
     if args.resume and args.out.exists():
