@@ -113,6 +113,7 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
     tiles = ["--only", "sweep", "--trees", "120", "32"]
     tiles += ["--contexts", "1024", "8192", "--heads", "32/32"]
     long = ["--contexts", "1024", "8192", "--max-model-len", "8448"]
+    long += ["--num-prompts", "2"]
     offline, both = ["benchmarks/offline.py"], f"plain,{LOOKAHEAD}"
     distinct = ["-m", "benchmarks.gpu.engine_distinct", *DISTINCT]
     baselines = "plain,ngram_gpu,ngram,suffix"
