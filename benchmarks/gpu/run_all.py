@@ -141,7 +141,8 @@ def run_stages(
 
     def broken(stage: Stage) -> bool:
         record = records.get(stage.name, {})
-        return "failed" in record and not record.get("stopped")
+        needed = stage.needs is not None  # by the others
+        return "failed" in record and not record.get("stopped") and not needed
 
     for stage in sorted(stages, key=broken):
         before = records.get(stage.name, {})
@@ -149,7 +150,8 @@ def run_stages(
             print(f"{stage.name}: there already", flush=True)
             continue
         if stage.uses and not stage.uses.exists():
-            print(f"{stage.name}: no {stage.uses}; run the stage model first")
+            missing = f"no {stage.uses}; run the stage model first"
+            print(f"{stage.name}: {missing}", flush=True)
             continue
         left = deadline - time.monotonic()
         if left < min(stage.least, stage.limit):
