@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ class EngineProcess:
     def _result(self) -> dict[str, Any]:
         line = self.results.readline()
         if not line:
+            # What it died of comes last in its log.
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
             raise RuntimeError(f"the engine died:\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
@@ -94,10 +98,12 @@ def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         llm: the engine.
-        job: {"prompts": [str], "params": [keyword arguments of SamplingParams]}.
+        job: {"prompts": [str, or vLLM's own kinds of prompts as dictionaries],
+            "params": [keyword arguments of SamplingParams]}.
 
     Returns:
-        seconds, and per prompt the tokens of each step as a list of lists.
+        seconds, and per prompt the tokens of each step as a list of lists and when
+        they came, in seconds.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -110,12 +116,16 @@ def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **params)
         engine.add_request(f"{start}-{i}", prompt, sampling)
     steps: list[list[list[int]]] = [[] for _ in job["prompts"]]
+    times: list[list[float]] = [[] for _ in job["prompts"]]
     while engine.has_unfinished_requests():
         for output in engine.step():
             tokens = list(output.outputs[0].token_ids)
             if tokens:
-                steps[int(output.request_id.rsplit("-", 1)[1])].append(tokens)
-    return {"seconds": time.perf_counter() - start, "steps": steps}
+                number = int(output.request_id.rsplit("-", 1)[1])
+                steps[number].append(tokens)
+                times[number].append(time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "steps": steps, "times": times}
 
 
 def peak_memory_mib() -> float:

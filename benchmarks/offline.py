@@ -175,9 +175,13 @@ def measure(
     args: argparse.Namespace,
     cell: Cell,
     engines: dict[str, EngineProcess],
+    not_run: dict[str, str],
     save: Callable[[Turns, int], None],
 ) -> Turns:
-    """All turns; `save` takes those so far and the number of prompts after each."""
+    """All turns; `save` takes those so far and the number of prompts after each.
+
+    An engine that dies moves from `engines` to `not_run`; the others go on.
+    """
     texts = prompt_sets.load(cell.dataset, args.data_dir, args.num_prompts)
 
     def job(texts: list[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -190,6 +194,15 @@ def measure(
         own = seeds if cell.temperature else [{}] * len(texts)
         return {"prompts": texts, "params": [params | p | (extra or {}) for p in own]}
 
+    def run(method: str, *given: Any) -> dict[str, Any] | None:
+        try:
+            return engines[method].run(job(*given))
+        except RuntimeError as error:
+            not_run[method] = str(error)
+            print(f"{method}: died, {error}", flush=True)
+            engines.pop(method).close()
+            return None
+
     if args.min_distinct:
         plain = next(iter(engines.values())).run(job(texts))["steps"]
         texts = [
@@ -200,20 +213,26 @@ def measure(
         print(f"{len(texts)} prompts whose output does not loop")
         if not texts:
             return {}
-    for engine in engines.values():
-        engine.run(job(texts[: max(2, args.batch_size)]))
-    turns: Turns = {method: [] for method in engines}
+    for method in list(engines):
+        run(method, texts[: max(2, args.batch_size)])
+    turns: Turns = {}
     for turn in range(args.repeats):
-        for method, engine in engines.items():
+        for method in list(engines):
             off = {"extra_args": {"lookahead": 0}} if method == "lookahead-off" else {}
-            result = engine.run(job(texts, off))
+            result = run(method, texts, off)
+            if result is None:
+                turns.pop(method, None)
+                continue
             tokens = sum(len(t) for steps in result["steps"] for t in steps)
             steps = sum(map(len, result["steps"]))
             outputs: list[list[int]] = [sum(steps, []) for steps in result.pop("steps")]
+            del result["times"]
             result |= {"tokens": tokens, "request_steps": steps, "outputs": outputs}
-            turns[method].append(result)
+            turns.setdefault(method, []).append(result)
             print(f"turn {turn + 1}, {method}: {tokens / result['seconds']:.1f} tok/s",
                   flush=True)  # fmt: skip
+        if not turns:
+            break
         save(turns, len(texts))
     return turns
 
@@ -304,7 +323,9 @@ def main() -> None:
                 if len(measured) > 1:
                     output = output.with_name(f"{output.stem}-{cell.name}.json")
                 save = Save(args, cell, engines, not_run, output)
-                turns = measure(args, cell, engines, save)
+                turns = measure(args, cell, engines, not_run, save)
+                if not engines:
+                    raise SystemExit("no engine is left")
                 report(turns)
                 if turns:
                     print(f"raw JSON: {output}")

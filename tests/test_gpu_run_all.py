@@ -9,22 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import engine_correctness, run_all
-from benchmarks.gpu.run_all import OUT, Stage
+from benchmarks.gpu import engine_correctness, run_all, stages
+from benchmarks.gpu.stages import OUT, Stage
 from benchmarks.gpu.summary import LOOKAHEAD, build_summary, targets
 
 STAGES = [
     "kernel-tests",
-    "kernel-times",
-    "model",
+    "engine-start",
+    "engine-float32",
     "engine-correctness",
+    "model",
+    "step-cost",
     "engine-speed",
+    "kernel-times",
     "engine-distinct",
     "engine-baselines",
     "engine-sampled",
+    "engine-sizes",
+    "step-cost-own",
     "kernel-flex",
-    "engine-float32",
+    "kernel-tiles",
 ]
+QUESTIONS = {name: f"What does {name} say?" for name in STAGES}
 ABOUT = {"gpu": "Some GPU", "torch": "2", "commit": "abc"}
 
 
@@ -40,7 +46,7 @@ def test_dry_run_lists_every_stage(capsys):
 def test_stages_can_be_chosen(capsys):
     run_all.main(["--dry-run", "--stages", "engine-speed,kernel-tests"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines[::2]] == [STAGES[0], STAGES[4]]
+    assert [line.split(" (")[0] for line in lines[::2]] == [STAGES[0], STAGES[6]]
     with pytest.raises(SystemExit, match="no kernels; use kernel-tests, "):
         run_all.main(["--dry-run", "--stages", "kernels"])
 
@@ -49,17 +55,17 @@ def test_a_model_of_the_users_own_is_not_widened(capsys, tmp_path):
     run_all.main(["--dry-run", "--model", str(tmp_path)])
     output = capsys.readouterr().out
     assert "widen_model" not in output
-    assert output.count(f"--model {tmp_path} ") == 5
+    assert output.count(f"--model {tmp_path} ") == 8
 
 
 def test_engines_fit_on_a_gpu_of_80_gb():
     """All of a speed stage's at once, each with a graph pool and workspace of 3 GB."""
-    most, stages = 80e9, run_all.all_stages(run_all.parse([]))
-    for stage in (s for s in stages if "--gpu-memory-utilization" in s.command):
+    most, every = 80e9, stages.all_stages(run_all.parse([]))
+    for stage in (s for s in every if "--gpu-memory-utilization" in s.command):
         options = dict(zip(stage.command, stage.command[1:], strict=False))
         count = len(options["--methods"].split(","))
         kv = int(options["--kv-cache-memory-bytes"])
-        each = run_all.MODEL_BYTES + kv + 3e9
+        each = stages.MODEL_BYTES + kv + 3e9
         share = float(options["--gpu-memory-utilization"]) * most
         assert each < share
         assert (count - 1) * each + share < most
@@ -69,10 +75,11 @@ class Parsed(Exception):
     pass
 
 
+@pytest.mark.parametrize("size", ["whole", "toy"])
 @pytest.mark.parametrize(
-    "stage", run_all.all_stages(run_all.parse([])), ids=lambda stage: stage.name
+    "stage", stages.all_stages(run_all.parse([])), ids=lambda stage: stage.name
 )
-def test_commands_are_understood(stage, monkeypatch, tmp_path):
+def test_commands_are_understood(stage, size, monkeypatch, tmp_path):
     """By the parsers of the programs that they call."""
     parse_args = argparse.ArgumentParser.parse_args
 
@@ -82,8 +89,10 @@ def test_commands_are_understood(stage, monkeypatch, tmp_path):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     monkeypatch.syspath_prepend(run_all.ROOT / "benchmarks")
+    if size == "toy":
+        stage = stages.toy(stage)
     command = [str(tmp_path) if part == OUT else part for part in stage.command[1:]]
-    assert stage.limit < 600
+    assert stage.least < stage.limit < 60 * run_all.MINUTES
     if command[0] == "-m":
         command[:2] = [command[1].replace(".", "/") + ".py"]
     monkeypatch.setattr(sys, "argv", command)
@@ -128,7 +137,7 @@ def test_results_are_kept_and_a_failure_stops_nothing(tmp_path, capsys):
     stages = [Stage(s.name, 60, writes({"again": 1})) for s in stages]
     records = run(stages, tmp_path)
     again = [name for name, r in records.items() if r["result"] == {"again": 1}]
-    assert again == ["bad", "silent", "slow"]
+    assert sorted(again) == ["bad", "silent", "slow"]
     records = run(stages, tmp_path, "--force")
     assert all(r["result"] == {"again": 1} for r in records.values())
     assert records["bad"].get("failed") is None
@@ -185,7 +194,7 @@ def synthetic(
             "batch_size": 1,
             "temperature": 0.0,
             "max_tokens": 9,
-            "model": "/wide",
+            "model": "wide",
         },
         "num_prompts": 3,
         "turns": {"plain": [turn], LOOKAHEAD: [{**turn, "seconds": 1.2}]},
@@ -247,7 +256,7 @@ def test_summary():
         "failed": "stopped after 1 s",
         "result": None,
     }
-    text = build_summary(records, STAGES)
+    text = build_summary(records, QUESTIONS)
     assert text.startswith("# Some GPU\n")
     assert "1.4x (1024)" in text
     assert "text that does not loop | at least 1.6x | 1.65x | met |" in text
@@ -262,13 +271,58 @@ def test_summary():
     assert "failed: Error: a/b" in text
     assert "plain@1 against lookahead@1: 2 of 64 prompts differ" in text
     assert "suffix | not run: not installed" in text
-    assert build_summary({}, STAGES).count("not run") == len(STAGES)
+    assert "- What does engine-sampled say? (engine-sampled: stopped after 1 s)" in text
+    assert "(engine-speed: suffix not run: not installed)" in text
+    assert "say? (kernel-tests" not in text
+    assert build_summary({}, QUESTIONS).count("| not run |") == len(STAGES)
+
+
+def test_what_is_unanswered_comes_last():
+    lines = build_summary({}, QUESTIONS).splitlines()
+    expected = [f"- {q} ({name}: not run)" for name, q in QUESTIONS.items()]
+    assert lines[-len(STAGES) :] == expected
+    records = {name: {"about": ABOUT, "seconds": 1, "command": ""} for name in STAGES}
+    records["model"]["command"] = "x --source a --output b"
+    text = build_summary(records, QUESTIONS)
+    assert text.endswith("Every question was answered.\n")
+
+
+def test_summary_of_starts_steps_and_sizes():
+    row = {"step_ms": 10.0, "tokens_per_step": 1.0, "tokens_per_second": 100.0}
+    plain = {**row, "server": "plain", "tree": "plain", "nodes": 1}
+    tree = {**row, "server": "15/5/15", "tree": "4/5/0", "nodes": 16, "step_ms": 12.0}
+    tree |= {"graph": 30, "tokens_per_second": 150.0}
+    said = {"attention": ["FLASH_ATTN attention backend"], "graphs": ["Graphs took 1"]}
+    results = {
+        "engine-start": {
+            "engines": {
+                "plain": {"seconds_to_start": 30.0, **said},
+                "lookahead": {"failed": "the engine died:", "log": []},
+            }
+        },
+        "step-cost": {"rows": [r | {"context": 1024} for r in (plain, tree)]},
+        "engine-sizes": {"rows": [r | {"context": 0} for r in (plain, tree)]},
+        "kernel-tiles": {
+            "sweep": [
+                {"size": 120, "context": 1024, "us": us, "config": {"tile": us}}
+                for us in (3.0, 2.0)
+            ]
+        },
+    }
+    common = {"about": ABOUT, "seconds": 5.0, "command": "python x"}
+    records = {stage: {**common, "result": r} for stage, r in results.items()}
+    text = build_summary(records, QUESTIONS)
+    assert "plain started in 30 s: FLASH_ATTN attention backend, Graphs took 1" in text
+    assert "lookahead DID NOT RUN: the engine died:" in text
+    assert "| 1024 | 16 | 30 | 4/5/0 | 15/5/15 | 12.00 | 1.20x |" in text
+    assert "| 4/5/0 | 16 | 150.0 | 1.50x | 12.00 | 1.00 |" in text
+    assert "T=120, context 1024: {'tile': 2.0}, 2.0 us" in text
 
 
 def test_summary_of_a_given_model():
     records = synthetic(1.2, 1.7)
     del records["model"]
-    assert "the folder `/wide`" in build_summary(records, STAGES)
+    assert "the folder `wide`" in build_summary(records, QUESTIONS)
 
 
 def test_compared_outputs():

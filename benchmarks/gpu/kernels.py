@@ -89,9 +89,12 @@ def run_attention(
     results: list[Result],
     save: Callable[[], None],
 ) -> None:
+    known = {(r["contender"], *map(r.get, vars(shapes[0]))) for r in results}
     for shape in shapes:
         for name in args.contenders:
             if name in SLOW and shape.size != max(args.trees):
+                continue
+            if (name, *vars(shape).values()) in known:
                 continue
             result = time_attention(shape, name, args.device)
             results.append(result)
@@ -153,8 +156,11 @@ def run_step(
         torch.zeros(shape, dtype=torch.bfloat16, device=args.device)
         for _ in range(LAYERS if args.device == "cuda" else 2)
     ]
+    known = [(tuple(r["sizes"]), r["context"]) for r in results]
     for sizes in args.sizes:
         for context in args.contexts:
+            if (sizes, context) in known:
+                continue
             params = LookaheadParams(*sizes)
             calls, parts, moved = step_calls(
                 params,
@@ -183,6 +189,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    help_text = "keep what --out already holds"
+    parser.add_argument("--resume", action="store_true", help=help_text)
     parser.add_argument("--plot", type=Path, help="draw time against context")
     parser.add_argument("--trees", nargs="+", type=int, default=TREES, metavar="T")
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
@@ -232,6 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
         "triton": triton.__version__,
         "flash_attention": flash_version(),
     }
+    if args.resume and args.out and args.out.exists():
+        results |= json.loads(args.out.read_text())
 
     def save() -> None:
         if args.out:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the attention kernels' time against context, a panel for each tree size.
 
-    python -m benchmarks.gpu.plot kernel-times.json --output docs/kernel-times.svg
+    python -m benchmarks.gpu.plot results.json --output kernel-times.svg
 
-It takes what `kernels` writes and what `run_all` keeps.
+It takes what `kernels` writes and the results that `run_all` keeps.
 """
 
 import argparse
@@ -75,9 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="JSON")
-    parser.add_argument("--output", type=Path, default=Path("docs/kernel-times.svg"))
+    parser.add_argument("--output", type=Path, default=Path("kernel-times.svg"))
     args = parser.parse_args(arguments)
-    records = [json.loads(path.read_text()) for path in args.results]
+    records: list[dict[str, Any]] = []
+    for path in args.results:
+        found = json.loads(path.read_text())
+        records += [found] if "attention" in found else found.values()
     about = {**records[0], **records[0].get("about", {})}
     title = about.get("gpu") or about.get("device", "")
     if plot(attention_results(records), args.output, title):

@@ -1,148 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every measurement for a machine with one GPU, in order; call again to resume.
 
-    python -m benchmarks.gpu.run_all --minutes 25
+    python -m benchmarks.gpu.run_all --minutes 9
 
-A stage is a process with a time limit of its own. What it wrote is kept whole in
-OUTPUT/STAGE.json, its log in OUTPUT/logs; a stage that is there is not run again,
-unless it failed. At the end the summary says of each target whether it was met.
+The first call installs this package, if it is not. A stage is a process with a time
+limit of its own and answers a question; the questions come in the order of their
+worth. OUTPUT holds results.json, in which all that a stage wrote is kept whole, log.txt
+and summary.md. A stage that is there is not run again, unless it failed; one that ran
+out of time goes on where it was. The summary says of each target whether it was met,
+and last what is unanswered.
 """
 
 import argparse
 import json
+import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.host import ROOT, about, end, environment, install, recorded
 from benchmarks.gpu.plot import attention_results, plot
-from benchmarks.gpu.summary import SOURCES, build_summary
+from benchmarks.gpu.stages import OUT, Stage, all_stages, toy
+from benchmarks.gpu.summary import INTERPRETER, SOURCES, build_summary
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LOOKAHEAD = "lookahead:15/5/15"
-MODEL_BYTES = 14e9  # of the widened model
-ENGINE = {"--dtype": "bfloat16", "--max-model-len": "1024"}
-# A request of 1024 tokens has 0.5 GiB of K/V in a 7B model. Of the correctness stages
-# 8 run at once, in one engine; of the speed stages one, in each of up to four engines
-# that share 80 GB.
-KV_BYTES = {"correctness": 6 << 30, "speed": 1 << 30}
-GPU_SHARE = 0.24  # free when an engine starts
-# Outputs of that many tokens, of whose trigrams this share is distinct, do not loop.
-DISTINCT_TOKENS, DISTINCT = 64, ["--min-distinct", "0.6", "--keep", "16"]
-LEAST_SECONDS = 30  # to start a stage with
-OUT = "{out}"  # in a stage's command, the file that it writes
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A process that measures.
-
-    Attributes:
-        limit: seconds, generous.
-        needs: what else must exist for the stage to be done.
-    """
-
-    name: str
-    limit: int
-    command: list[str]
-    needs: Path | None = None
-
-
-def all_stages(args: argparse.Namespace) -> list[Stage]:
-    """The most valuable first, as far as one may come before what it needs."""
-
-    def module(name: str, *options: str, out: str = "--out") -> list[str]:
-        return [sys.executable, "-m", f"benchmarks.gpu.{name}", *options, out, OUT]
-
-    model = args.model or args.model_dir or default_model_dir()
-    data = ["--dataset", args.dataset]
-    if args.data_dir:
-        data += ["--data-dir", args.data_dir]
-
-    def engine(path: Path, kind: str) -> list[str]:
-        options = [x for pair in ENGINE.items() for x in pair]
-        options += ["--kv-cache-memory-bytes", str(KV_BYTES[kind])]
-        return ["--model", str(path), *options, *data]
-
-    def correctness(path: Path, *options: str) -> list[str]:
-        options = (*engine(path, "correctness"), *options)
-        options = ("--max-tokens", str(args.max_tokens), *options)
-        return module("engine_correctness", *options, out="--output")
-
-    def speed(
-        program: list[str],
-        methods: str,
-        temperature: float,
-        tokens: int = args.max_tokens,
-    ) -> list[str]:
-        command = [sys.executable, *program, *engine(model, "speed")]
-        command += ["--methods", methods, "--temperature", str(temperature)]
-        command += ["--max-tokens", str(tokens)]
-        command += ["--gpu-memory-utilization", str(GPU_SHARE)]
-        return [*command, "--start-limit", "180", "--output", OUT]
-
-    fast = ["tree", "merged", "flash_causal", "unified_qq_bias", "xformers"]
-    trees = ["--trees", "120", "64", "32", "16"]
-    widest = ["--trees", "120", "--only", "attention"]
-    stages = [
-        Stage("kernel-tests", 480, module("kernel_tests")),
-        Stage("kernel-times", 420, module("kernels", *trees, "--contenders", *fast)),
-    ]
-    if args.model is None:
-        command = [sys.executable, "benchmarks/widen_model.py"]
-        command += ["--source", str(args.source), "--output", str(model)]
-        stages.append(Stage("model", 400, command, needs=model / "config.json"))
-    offline, both = ["benchmarks/offline.py"], f"plain,{LOOKAHEAD}"
-    distinct = ["-m", "benchmarks.gpu.engine_distinct", *DISTINCT]
-    baselines = "plain,ngram_gpu,ngram,suffix"
-    flex = module("kernels", *widest, "--contenders", "flash_causal", "flex")
-    return [
-        *stages,
-        Stage("engine-correctness", 500, correctness(model)),
-        Stage("engine-speed", 480, speed(offline, both, 0)),
-        Stage("engine-distinct", 420, speed(distinct, both, 0, DISTINCT_TOKENS)),
-        Stage("engine-baselines", 540, speed(offline, baselines, 0)),
-        Stage("engine-sampled", 420, speed(offline, both, 0.8)),
-        Stage("kernel-flex", 400, flex),
-        Stage("engine-float32", 300, correctness(args.source, "--dtype", "float32")),
-    ]
-
-
-def default_model_dir() -> Path:
-    """In memory, if there is room: a disk may take longer than the measurements."""
-    name, memory = "lookahead-7b-cost", Path("/dev/shm")
-    fits = memory.exists() and shutil.disk_usage(memory).free > 1.5 * MODEL_BYTES
-    if fits or (memory / name).exists():
-        return memory / name
-    return Path(tempfile.gettempdir()) / name
-
-
-def about() -> dict[str, Any]:
-    """This machine and its software; in a process of its own, for CUDA's memory."""
-    code = "import json, torch; gpu = torch.cuda.is_available(); print(json.dumps({"
-    code += "'gpu': torch.cuda.get_device_name() if gpu else None, "
-    code += "'torch': torch.__version__}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    found = json.loads(done.stdout or "{}")
-    for name in ("triton", "vllm", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout
-    except OSError:
-        commit = ""
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {**found, "python": python, "commit": commit.strip() or None}
+RESULTS, LOG, SUMMARY = "results.json", "log.txt", "summary.md"
+MINUTES = 9
+Records = dict[str, dict[str, Any]]
 
 
 def done(record: dict[str, Any], stage: Stage) -> bool:
@@ -150,89 +37,135 @@ def done(record: dict[str, Any], stage: Stage) -> bool:
     return bool(whole) and (stage.needs is None or stage.needs.exists())
 
 
+def resumable(record: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether a stage only ran out of time, with this code."""
+    same = record.get("about", {}).get("commit") == facts.get("commit")
+    return bool(record.get("stopped") and record.get("result") and same)
+
+
 def run_stage(
-    stage: Stage, output: Path, seconds: float, facts: dict[str, Any]
+    stage: Stage, output: Path, seconds: float, facts: dict[str, Any], before: Any
 ) -> dict[str, Any]:
-    """Run to the end or the limit; write and return the record."""
-    out, log = output / f"{stage.name}.raw", output / "logs" / f"{stage.name}.log"
-    out.unlink(missing_ok=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(out) if part == OUT else part for part in stage.command]
+    """Run to the end or the limit; return the record.
+
+    Args:
+        stage: to run.
+        output: folder of the log.
+        seconds: at most.
+        facts: of `about`.
+        before: what it wrote when it was stopped, or None to begin anew.
+    """
+    given = environment(facts, stage.environment)
+    variables = os.environ | {name: value for name, (value, _) in given.items()}
     record: dict[str, Any] = {
         "stage": stage.name,
         "about": facts,
-        "command": shlex.join(command),
+        "environment": recorded(given),
     }
     start = time.monotonic()
-    with log.open("w") as stream:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (output / LOG).open("ab") as stream,
+    ):
+        out = Path(folder) / "out.json"
+        if before is not None:
+            out.write_text(json.dumps(before))
+        command = [str(out) if part == OUT else part for part in stage.command]
+        record["command"] = shlex.join(stage.command)
+        stream.write(f"\n=== {stage.name}: {record['command']}\n".encode())
+        stream.flush()
+        begin = stream.tell()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             if status := process.wait(seconds):
                 record["failed"] = f"exit status {status}"
         except subprocess.TimeoutExpired:
             end(process)
-            record["failed"] = f"stopped after {seconds:.0f} s"
+            record |= {"failed": f"stopped after {seconds:.0f} s", "stopped": True}
         except BaseException:
             end(process)
             raise
-    record["seconds"] = time.monotonic() - start
-    if stage.needs and not stage.needs.exists():
-        record.setdefault("failed", f"{stage.needs} was not written")
-    if OUT in stage.command:
-        try:
-            record["result"] = json.loads(out.read_text())
-        except (OSError, ValueError):
-            record.setdefault("failed", "it wrote no results")
+        record["seconds"] = time.monotonic() - start
+        if stage.needs and not stage.needs.exists():
+            record.setdefault("failed", f"{stage.needs} was not written")
+        if OUT in stage.command:
+            try:
+                record["result"] = json.loads(out.read_text())
+            except (OSError, ValueError):
+                record.setdefault("failed", "it wrote no results")
     if "failed" in record:
-        record["log"] = log.read_text(errors="replace").splitlines()[-30:]
-    (output / f"{stage.name}.json").write_text(json.dumps(record) + "\n")
-    out.unlink(missing_ok=True)
+        with (output / LOG).open("rb") as text:
+            text.seek(begin)
+            lines = text.read().decode(errors="replace").splitlines()
+        record["log"] = lines[-30:]
     return record
 
 
-def end(process: subprocess.Popen) -> None:
-    """Kill a stage and all that it started, some of it in sessions of its own."""
-    import psutil  # type: ignore[import-untyped]
-
-    try:
-        root = psutil.Process(process.pid)
-        family = [*root.children(recursive=True), root]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=20)
+def read_records(output: Path) -> Records:
+    """By stage."""
+    path = output / RESULTS
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def read_records(output: Path) -> dict[str, dict[str, Any]]:
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted(output.glob("*.json"))
-    }
+def write_records(output: Path, records: Records) -> None:
+    """All or nothing: a call may be killed at any time."""
+    part = output / f"{RESULTS}.part"
+    part.write_text(json.dumps(records) + "\n")
+    part.replace(output / RESULTS)
 
 
 def run_stages(
     stages: list[Stage], args: argparse.Namespace, facts: dict[str, Any]
 ) -> None:
+    """Run what is not there yet, and last what failed before.
+
+    Raises:
+        SystemExit: the output is another machine's.
+    """
     deadline = time.monotonic() + 60 * args.minutes
     args.output.mkdir(parents=True, exist_ok=True)
-    before = read_records(args.output)
-    for stage in stages:
-        if not args.force and done(before.get(stage.name, {}), stage):
+    records = read_records(args.output)
+    others = {r["about"].get("gpu") for r in records.values()} - {facts.get("gpu")}
+    if others:
+        raise SystemExit(
+            f"--output {args.output}: it holds results of {others.pop()}, and this is "
+            f"{facts.get('gpu')}; give another folder"
+        )
+
+    def broken(stage: Stage) -> bool:
+        record = records.get(stage.name, {})
+        needed = stage.needs is not None  # by the others
+        return "failed" in record and not record.get("stopped") and not needed
+
+    for stage in sorted(stages, key=broken):
+        before = records.get(stage.name, {})
+        if not args.force and done(before, stage):
             print(f"{stage.name}: there already", flush=True)
             continue
+        if stage.uses and not stage.uses.exists():
+            missing = f"no {stage.uses}; run the stage model first"
+            print(f"{stage.name}: {missing}", flush=True)
+            continue
         left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
+        if left < min(stage.least, stage.limit):
             print(f"{stage.name}: no time is left; call again to go on", flush=True)
             continue
         seconds = min(stage.limit, left)
-        print(f"{stage.name}: at most {seconds:.0f} s", flush=True)
-        record = run_stage(stage, args.output, seconds, facts)
+        print(f"{stage.name}: at most {seconds:.0f} s. {stage.question}", flush=True)
+        goes_on = not args.force and resumable(before, facts)
+        kept = before["result"] if goes_on else None
+        record = run_stage(stage, args.output, seconds, facts, kept)
+        if goes_on:
+            record["seconds"] += before["seconds"]
+        records[stage.name] = record
+        write_records(args.output, records)
         print(f"{stage.name}: {record['seconds']:.0f} s", flush=True)
         if "failed" in record:
             print(f"{stage.name}: {record['failed']}", *record["log"], sep="\n  ")
@@ -248,22 +181,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--stages", metavar="A,B", help="only these")
     add("--force", action="store_true", help="also those that are there already")
     add("--dry-run", action="store_true", help="print the stages and their commands")
-    add("--minutes", type=float, default=25, help="for all stages of this call")
+    help_text = "toy sizes on Triton's interpreter, to try every stage without a GPU"
+    add("--on-cpu", action="store_true", help=help_text)
+    help_text = f"for all stages of this call; default: {MINUTES}, and 60 with --on-cpu"
+    add("--minutes", type=float, help=help_text)
     add("--model", type=Path, help="of the engine stages, instead of a widened one")
-    add(
-        "--source",
-        type=Path,
-        default=ROOT / "demo" / "model",
-        help="the model to widen",
-    )
+    help_text = "the model to widen, of which starts and float32 tokens are taken"
+    add("--source", type=Path, default=ROOT / "demo" / "model", help=help_text)
     add("--model-dir", type=Path, help="where to write that, 14 GB, if it is missing")
     add("--dataset", default=str(ROOT / "benchmarks" / "python_prompts.jsonl"))
     add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--max-tokens", type=int, default=128)
     add("--commit", help="of the code, where git does not know")
-    add("--plot", type=Path, default=ROOT / "docs" / "kernel-times.svg")
+    add("--plot", type=Path, help="default: OUTPUT/kernel-times.svg")
     args = parser.parse_args(arguments)
-    for name in ("output", "model", "source", "model_dir", "data_dir"):
+    if args.minutes is None:
+        args.minutes = 60 if args.on_cpu else MINUTES
+    for name in ("output", "model", "source", "model_dir", "data_dir", "plot"):
         if path := getattr(args, name):
             setattr(args, name, type(path)(Path(path).absolute()))
     return args
@@ -280,32 +214,55 @@ def chosen(args: argparse.Namespace) -> list[Stage]:
     return [s for s in stages if s.name in names]
 
 
+def onto_cpu(args: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Set up a dry run: a toy model, the interpreter for every child process."""
+    from tests.harness.environment import v2_environment
+    from tests.harness.models import make_model
+
+    os.environ.update(v2_environment(VLLM_LOGGING_LEVEL="INFO"))
+    facts["gpu"] = INTERPRETER
+    args.output = args.output or Path(tempfile.mkdtemp(prefix="lookahead-on-cpu-"))
+    args.models = tempfile.TemporaryDirectory()  # until this process ends
+    folder = Path(args.models.name)
+    args.source = make_model(folder / "toy", 0, 2)
+    args.model_dir = folder / "wide"
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    stages = chosen(args)
     if args.dry_run:
-        for stage in stages:
+        for stage in chosen(args):
             print(f"{stage.name} (at most {stage.limit} s)")
             print(f"  {shlex.join(stage.command)}")
         return
+    install()
     facts = about()
     facts["commit"] = args.commit or facts["commit"]
+    if args.on_cpu:
+        onto_cpu(args, facts)
     if not facts.get("gpu"):
-        raise SystemExit("no GPU; --dry-run prints the stages and their commands")
+        raise SystemExit(
+            "no GPU; --dry-run prints the stages and their commands, --on-cpu tries "
+            "them on toy sizes"
+        )
     if args.output is None:
         name = args.name or facts["gpu"]
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         args.output = ROOT / "benchmarks" / "results" / f"gpu-{slug}"
+    stages = chosen(args)
+    if args.on_cpu:
+        stages = [toy(stage) for stage in stages]
     run_stages(stages, args, facts)
     records = read_records(args.output)
     plot(
         attention_results([records[name] for name in SOURCES if name in records]),
-        args.plot,
+        args.plot or args.output / "kernel-times.svg",
         facts["gpu"],
     )
-    summary = build_summary(records, [s.name for s in all_stages(args)])
-    (args.output / "summary.md").write_text(summary)
-    print(f"\n{summary}")
+    questions = {s.name: s.question for s in all_stages(args)}
+    summary = build_summary(records, questions)
+    (args.output / SUMMARY).write_text(summary)
+    print(f"{args.output} holds {RESULTS}, {SUMMARY} and {LOG}\n\n{summary}", end="")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `run_all` measured, in Markdown: targets first, met or not."""
+"""What `run_all` measured, in Markdown: targets first, last what is unanswered."""
 
 import shlex
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.answers import PARTS, Record, Records, result
 from benchmarks.gpu.plot import attention_results
 
-Record = dict[str, Any]
-Records = dict[str, Record]
-
+INTERPRETER = "Triton's interpreter"  # stands for a GPU in a dry run
+CANNOT_SHOW = (
+    "A dry run of toy sizes on a CPU. No number here is a measurement, and it cannot "
+    "show:",
+    "- CUDA graphs: capture, replay, what a graph holds",
+    "- streams, and host work beside the GPU's",
+    "- memory profiling, and whether engines fit beside one another",
+    "- compiled kernels: their numbers and what their tiles take",
+    "- FlashAttention, FlexAttention and torch.compile",
+    "- what ngram_gpu, ngram and suffix do on a GPU",
+    "- times",
+)
 SOURCES = ("kernel-times", "kernel-flex")  # of attention's times
 SPEEDS = ("engine-speed", "engine-distinct", "engine-baselines", "engine-sampled")
-CORRECTNESS = ("engine-correctness", "engine-float32")
 CONTEXTS = (1024, 2048, 4096, 8192)  # of the targets
 SHORT, LONG = 1024, 32768  # contexts between which the lookup's time is to be flat
 SIZES = [15, 5, 15]
@@ -48,19 +58,15 @@ class Target:
             return "NOT MET"
         return "met" if known and len(known) == len(self.values) else "not measured"
 
-    def row(self) -> str:
+    def row(self, verdict: str = "") -> str:
+        verdict = verdict or self.verdict
         sign = "at least" if self.at_least else "at most"
         values = ", ".join(
             f"{'-' if v is None else f'{v:.3g}{self.unit}'}{f' ({k})' if k else ''}"
             for k, v in self.values.items()
         )
         bound = f"{sign} {self.bound:g}{self.unit}"
-        return f"| {self.what} | {bound} | {values} | {self.verdict} |"
-
-
-def result(records: Records, stage: str) -> dict[str, Any]:
-    """What a stage wrote, in part if it failed; empty if it wrote nothing."""
-    return records.get(stage, {}).get("result") or {}
+        return f"| {self.what} | {bound} | {values} | {verdict} |"
 
 
 def step_ms(results: list[dict[str, Any]]) -> float:
@@ -128,30 +134,55 @@ def targets(records: Records) -> list[Target]:
     ]
 
 
-def build_summary(records: Records, stages: list[str]) -> str:
+def build_summary(records: Records, questions: dict[str, str]) -> str:
     """Markdown of all that was measured.
 
     Args:
         records: by stage, as `run_all` keeps them.
-        stages: all there are, in order.
+        questions: by stage, all there are, in order.
     """
     about: Record = next((r["about"] for r in records.values() if "about" in r), {})
     lines = [f"# {about.get('gpu')}", ""]
+    if about.get("gpu") == INTERPRETER:
+        lines += ["A dry run: no number here is a measurement.", ""]
     lines.append(", ".join(f"{k} {v}" for k, v in about.items() if k != "gpu"))
     commits = {r["about"].get("commit") for r in records.values() if "about" in r}
     if len(commits) > 1:
         lines.append(f"Stages ran at different commits: {sorted(map(str, commits))}")
     lines += ["", "| target | bound | measured | |", "|---|---|---|---|"]
-    lines += [target.row() for target in targets(records)]
+    verdict = "dry run" if about.get("gpu") == INTERPRETER else ""
+    lines += [target.row(verdict) for target in targets(records)]
     lines += ["", "| stage | seconds | |", "|---|---|---|"]
-    for stage in stages:
+    for stage in questions:
         record = records.get(stage, {"seconds": 0, "failed": "not run"})
         outcome = record.get("failed", "done")
         lines.append(f"| {stage} | {record['seconds']:.0f} | {outcome} |")
-    for part in (_model, _tests, _attention, _overheads, _correctness, _speed):
+    for part in (_model, *PARTS, _attention, _overheads, _speed):
         if text := list(part(records)):
             lines += ["", *text]
+    if about.get("gpu") == INTERPRETER:
+        lines += ["", *CANNOT_SHOW]
+    lines += ["", *_unanswered(records, questions)]
     return "\n".join(lines) + "\n"
+
+
+def _unanswered(records: Records, questions: dict[str, str]) -> Iterator[str]:
+    unknown: dict[str, list[str]] = {}
+    for stage, question in questions.items():
+        record = records.get(stage, {"failed": "not run"})
+        reasons = [record["failed"]] if "failed" in record else []
+        for method, reason in result(records, stage).get("not_run", {}).items():
+            last = reason.splitlines()[-1] if reason else "?"
+            reasons.append(f"{method} not run: {last[:120]}")
+        found = [f"{stage}: {reason}" for reason in reasons]
+        if found:
+            unknown.setdefault(question, []).extend(found)
+    if not unknown:
+        yield "Every question was answered."
+        return
+    yield "Unanswered, or in part:"
+    for question, found in unknown.items():
+        yield f"- {question} ({'; '.join(found)})"
 
 
 def _model(records: Records) -> Iterator[str]:
@@ -159,18 +190,10 @@ def _model(records: Records) -> Iterator[str]:
     model = next((s["model"] for s in settings if s), None)
     command = shlex.split(records.get("model", {}).get("command", ""))
     made = dict(zip(command, command[1:], strict=False))
-    if made and model in (None, made["--output"]):
+    if made and model in (None, Path(made["--output"]).name):
         yield MODEL.format(source=made["--source"])
     elif model:
         yield GIVEN.format(model=model)
-
-
-def _tests(records: Records) -> Iterator[str]:
-    if found := result(records, "kernel-tests"):
-        counts = ", ".join(f"{n} {k}" for k, n in sorted(found["counts"].items()))
-        yield f"Kernel tests on the GPU: {counts}."
-        for name in found["failures"]:
-            yield f"- FAILED {name}"
 
 
 def _attention(records: Records) -> Iterator[str]:
@@ -208,26 +231,18 @@ def _overheads(records: Records) -> Iterator[str]:
         yield f"- The compaction moves {nodes} nodes of a request, in 32 layers."
 
 
-def _correctness(records: Records) -> Iterator[str]:
-    for stage in CORRECTNESS:
-        found = result(records, stage)
-        for pair, counts in found.get("pairs", {}).items():
-            settings = found["settings"]
-            what = f"{settings['dtype']}, {settings['max_tokens']} tokens"
-            differ = f"{counts['differ']} of {counts['prompts']} prompts differ"
-            yield f"- {stage}, {what}: {pair}: {differ}"
-
-
 def _speed(records: Records) -> Iterator[str]:
     for stage in SPEEDS:
         found = result(records, stage)
         if not found:
             continue
         settings, turns = found["settings"], found["turns"]
-        yield f"{stage}: batch {settings['batch_size']}, temperature "
-        yield f"{settings['temperature']}, {found['num_prompts']} prompts of "
-        yield f"{settings['max_tokens']} tokens. Text that loops has few distinct "
-        yield "trigrams, and drafts for it are easily right."
+        yield (
+            f"{stage}: batch {settings['batch_size']}, temperature "
+            f"{settings['temperature']}, {found['num_prompts']} prompts of "
+            f"{settings['max_tokens']} tokens. Text that loops has few distinct "
+            "trigrams, and drafts for it are easily right."
+        )
         yield ""
         yield "| | tok/s | over plain | step, ms | tokens a step | distinct trigrams |"
         yield "|---|---|---|---|---|---|"

@@ -30,6 +30,23 @@ def test_smoke(tmp_path, capsys):
     assert plot.exists() or "matplotlib" in capsys.readouterr().out
 
 
+def test_what_is_there_is_not_timed_again(tmp_path, monkeypatch):
+    out = tmp_path / "kernels.json"
+    options = ["--smoke", "--resume", "--out", str(out), "--contenders", "tree"]
+    kernels.main(options)
+    before = json.loads(out.read_text())
+    assert len(before["attention"]) == len(before["step"]) == 1
+    timed = []
+    monkeypatch.setattr(kernels, "microseconds", lambda calls: timed.append(1) or 1.0)
+    kernels.main(options)
+    assert not timed
+    assert json.loads(out.read_text()) == before
+    del before["attention"]
+    out.write_text(json.dumps(before))
+    kernels.main(options)
+    assert len(timed) == 1
+
+
 @pytest.mark.parametrize("sizes", kernels.SIZES)
 def test_compaction_moves_what_a_step_accepts(sizes):
     """A branch of the tree, as long as it can be: the first chain would stay put."""

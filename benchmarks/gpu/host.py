@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that is measured: what it has, what it lacks, how processes end on it."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+INSTALL = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
+PROBE = """
+import json, torch
+found = {"gpu": None, "torch": torch.__version__, "flashinfer": True}
+if torch.cuda.is_available():
+    found["gpu"] = torch.cuda.get_device_name()
+try:
+    import flashinfer
+except Exception:
+    found["flashinfer"] = False
+print(json.dumps(found))
+"""
+# {name: (value, why)}
+Environment = dict[str, tuple[str, str]]
+OFFLINE: Environment = {
+    "HF_HUB_OFFLINE": ("1", "the models are local"),
+    "VLLM_NO_USAGE_STATS": ("1", "nothing is reported"),
+}
+NO_FLASHINFER: Environment = {
+    "VLLM_USE_FLASHINFER_SAMPLER": (
+        "0",
+        "flashinfer cannot be imported, and vLLM imports it for its sampler unguarded",
+    )
+}
+IEEE: Environment = {
+    "TRITON_F32_DEFAULT": (
+        "ieee",
+        "vLLM's Triton kernels would multiply float32 as TF32, and ours do not",
+    )
+}
+READ = ("VLLM_", "TRITON_", "TORCH", "CUDA_", "PYTORCH_", "NVIDIA_TF32")
+
+
+def install() -> None:
+    """Install this checkout, if it is not: vLLM finds a plugin by its metadata.
+
+    Raises:
+        SystemExit: pip failed.
+    """
+    try:
+        version("vllm-lookahead")
+        return
+    except PackageNotFoundError:
+        command = [sys.executable, "-m", "pip", *INSTALL]
+    print(f"vllm-lookahead is not installed: {shlex.join(command)}", flush=True)
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit(
+            "vllm-lookahead could not be installed; install it yourself, in the "
+            "repository's root: pip install --no-deps --no-build-isolation -e ."
+        )
+
+
+def about() -> dict[str, Any]:
+    """This machine and its software; in a process of its own, for CUDA's memory."""
+    probe = [sys.executable, "-c", PROBE]
+    output = subprocess.run(probe, capture_output=True, text=True).stdout
+    found = json.loads(output.splitlines()[-1]) if output else {}
+    for name in ("triton", "vllm", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout
+    except OSError:
+        commit = ""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {**found, "python": python, "commit": commit.strip() or None}
+
+
+def environment(facts: dict[str, Any], own: Environment) -> Environment:
+    """What a stage's process is given beside what this one was started with.
+
+    Args:
+        facts: of `about`.
+        own: the stage's.
+    """
+    lacks_flashinfer = facts.get("flashinfer") is False
+    return OFFLINE | (NO_FLASHINFER if lacks_flashinfer else {}) | own
+
+
+def recorded(given: Environment) -> dict[str, dict[str, str]]:
+    """For a record: what was given and why, and what else was set that matters."""
+    known = {k: v for k, v in os.environ.items() if k.startswith(READ)}
+    found = {k: {"value": v, "why": "set before"} for k, v in known.items()}
+    return found | {k: {"value": v, "why": why} for k, (v, why) in given.items()}
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a stage, the leader of a process group, and all that it started."""
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ImportError:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+        return
+    try:
+        root = psutil.Process(process.pid)
+        # Some have process groups of their own.
+        family = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=20)
