@@ -54,7 +54,8 @@ def _store_kernel(
     tl.store(slots_num_nodes_ptr + slot, tl.load(num_nodes_ptr + b))
 
     # The first chain's nodes follow the root: node i at depth i can be no other's.
-    in_chain = (kind == KIND_CANDIDATE) & (depth == node)
+    # Beyond T, `kind` is undefined.
+    in_chain = mask & (kind == KIND_CANDIDATE) & (depth == node)
     tl.store(
         drafts_ptr + b * NUM_DRAFTS + node - 1,
         tl.where(in_chain, token, 0).to(tl.int64),
