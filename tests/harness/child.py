@@ -21,6 +21,7 @@ from unittest import mock
 
 from interpreter import patch_language_once, stand_in
 from models import make_model
+from poison import poisoned
 
 ENGINE = {
     "dtype": "float32",
@@ -33,6 +34,7 @@ ENGINE = {
     "disable_log_stats": False,
 }
 WATCHED = ("waits", "allocated", "steps", "trees", "branched", "merged", "differing")
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 numbers = itertools.count()
 
 
@@ -59,6 +61,9 @@ class Engines:
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
+            if INTERPRETED and job["lookahead"]:
+                for cache in model_runner(self.llm).kv_caches:
+                    cache.fill_(float("nan"))  # slots that no token was written to
             self.chunks = Chunks(scheduler(self.llm))
             if job.get("watch") == "trees":
                 from watch_trees import WatchedTrees
@@ -275,9 +280,11 @@ def override_kernels_once() -> None:
 def main() -> None:
     stand_in()
     override_kernels_once()
-    if os.environ["TRITON_INTERPRET"] == "1":
+    poison: AbstractContextManager = nullcontext()
+    if INTERPRETED:
         patch_language_once()
-    with os.fdopen(int(sys.argv[1]), "w") as results:
+        poison = poisoned()
+    with os.fdopen(int(sys.argv[1]), "w") as results, poison:
         engines = Engines(Path(sys.argv[2]))
         for job in jobs():
             try:
