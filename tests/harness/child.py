@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,7 +57,9 @@ class Engines:
             if not model.exists():
                 make_model(model, *job["model"])
             engine = ENGINE | job["engine"]
-            with logits_in_chunks(engine.pop("chunk_rows", None)):
+            self.dense: list[bool] = []
+            chunks = logits_in_chunks(engine.pop("chunk_rows", None))
+            with chunks, request_states(self.dense):
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
@@ -109,6 +111,21 @@ def logits_in_chunks(rows: int | None) -> AbstractContextManager:
     return mock.patch(name, lambda vocab_size: rows)
 
 
+@contextmanager
+def request_states(dense: list[bool]) -> Iterator[None]:
+    """Note of each `RequestState` made if the device holds all tokens."""
+    from vllm.v1.worker.gpu.states import RequestState
+
+    init = RequestState.__init__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        dense.append(kwargs.get("use_dense_all_token_ids", False))
+        init(self, *args, **kwargs)
+
+    with mock.patch.object(RequestState, "__init__", noted):
+        yield
+
+
 def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     llm = engines.get(job)
     before, at_before, chunks = counters(llm), accepted_at(llm), engines.chunks
@@ -148,6 +165,7 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
         ],
         "scheduler": type(scheduler(llm)).__name__,
         "attention": attention(llm),
+        "dense": engines.dense,
         "chunks": [chunks.steps, chunks.beside_drafts],
         "watched": engines.watch
         and {

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("vllm")
 
 from tests.harness.engines import Engines
-from tests.harness.jobs import ACCEPTED, prompts, request, same_as_plain
+from tests.harness.jobs import ACCEPTED, SMALL, prompts, request, same_as_plain
 from vllm_lookahead.engine.gpu import model_runner, outputs
 from vllm_lookahead.engine.gpu.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.gpu.step import TreeStep
@@ -86,6 +86,12 @@ def test_the_output_does_not_wait_for_the_next_trees(
         model_runner.BaseModelRunner, "sample_tokens", lambda *args: "plain"
     )
     assert runner.sample_tokens(None) == "plain"
+
+
+def test_tokens_of_all_requests_stay_with_the_host(engines: Engines) -> None:
+    """On the device they would take 512 MiB at 1,024 requests of 131,072 tokens."""
+    result = engines.run([[request([5, 6, 7], max_tokens=2)]], SMALL)
+    assert result["dense"] == [False]
 
 
 @pytest.mark.parametrize("budget", [8, 17])
