@@ -286,8 +286,8 @@ class LookaheadModelRunner(BaseModelRunner):
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         super()._dummy_sampler_run(hidden_states)
         # The sampler saw one row per request. A step has more, in two precisions.
-        rows = self.max_num_reqs * self.step.rows_per_request
-        rows = min(rows, max(self.max_chunk_rows, self.step.rows_per_request))
+        step = self.step
+        rows = min(step.max_rows, max(self.max_chunk_rows, step.rows_per_request))
         index = torch.arange(rows, device=self.device) % hidden_states.shape[0]
         logits = self.model.compute_logits(hidden_states[index])
         torch.empty_like(logits, dtype=torch.float32).copy_(logits).argmax(-1)
