@@ -33,7 +33,8 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-WATCHED = ("waits", "allocated", "steps", "trees", "branched", "merged", "differing")
+WATCHED = ("waits", "allocated", "launched", "operated", "steps")
+WATCHED += ("trees", "branched", "merged", "differing")
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 numbers = itertools.count()
 
