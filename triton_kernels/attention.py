@@ -29,9 +29,11 @@ from vllm_lookahead.triton_kernels.attention_kernel import (
     merge_splits_kernel,
     tree_attention_kernel,
 )
-from vllm_lookahead.triton_kernels.checks import expect
+from vllm_lookahead.triton_kernels.checks import Checked, expect
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+_attended, _merged = Checked(), Checked()
 
 
 def tree_attention(
@@ -71,7 +73,16 @@ def tree_attention(
     num_rows, num_heads, head_size = q.shape
     num_requests, block_size = batch.context_lens.shape[0], k_cache.shape[1]
     num_kv_heads = k_cache.shape[2]
-    _check(q, k_cache, v_cache, out, scale)
+    tensors = q, k_cache, v_cache, *(scratch or ()), out
+    if tensors not in _attended:
+        _check(q, k_cache, v_cache, out)
+        if scratch is not None:
+            partial, lse = scratch
+            expect("scratch.partial", partial, (-1, head_size), torch.float32)
+            expect("scratch.lse", lse, (partial.shape[0],), torch.float32)
+        _attended.add(tensors)
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}; the kernel takes positive scales")
     has_prior, fp8 = prior_lse is not None, k_cache.dtype == torch.float8_e4m3fn
     if fp8 and (k_scale is None or v_scale is None):
         raise ValueError("an fp8 cache needs k_scale and v_scale")
@@ -92,8 +103,6 @@ def tree_attention(
     row_tiles = triton.cdiv(packed, config.block_m)
     target, lse, most = out, prior_lse, 1
     if scratch is not None and not has_prior:
-        expect("scratch.partial", scratch.partial, (-1, head_size), torch.float32)
-        expect("scratch.lse", scratch.lse, (scratch.partial.shape[0],), torch.float32)
         most = max(1, scratch.lse.shape[0] // (num_rows * num_heads))
     if num_splits is None:
         longest = batch.max_context_len or batch.block_table.shape[1] * block_size
@@ -168,8 +177,11 @@ def merge_splits(
         num_splits: at least 2.
     """
     num_rows, num_heads, head_size = out.shape
-    expect("out", out, (-1, -1, head_size), *FLOATS, rows_apart=True)
-    expect("query_start_loc", query_start_loc, (-1,))
+    tensors = query_start_loc, out
+    if tensors not in _merged:
+        expect("out", out, (-1, -1, -1), *FLOATS, rows_apart=True)
+        expect("query_start_loc", query_start_loc, (-1,))
+        _merged.add(tensors)
     if scratch.lse.shape[0] < num_splits * num_rows * num_heads:
         raise ValueError(f"scratch is too small for {num_splits} splits of {num_rows}")
     merge_splits_kernel[(num_rows, num_heads)](
@@ -219,7 +231,6 @@ def _check(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     out: torch.Tensor,
-    scale: float,
 ) -> None:
     if q.dtype not in FLOATS or k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
         raise ValueError(
@@ -237,8 +248,8 @@ def _check(
         k_cache.stride(),
     ):
         raise ValueError("k_cache and v_cache differ in dtype, shape or strides")
-    if hq % hkv or d > 256 or scale <= 0:
+    if hq % hkv or d > 256:
         raise ValueError(
-            f"{hq} query heads on {hkv} K/V heads of {d}, scale {scale}: the kernel "
-            "takes a multiple of the K/V heads, head sizes to 256, positive scales"
+            f"{hq} query heads on {hkv} K/V heads of {d}: the kernel takes a multiple "
+            "of the K/V heads, and head sizes to 256"
         )

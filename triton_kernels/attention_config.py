@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from vllm_lookahead.triton_kernels.checks import expect
+from vllm_lookahead.triton_kernels.checks import Checked, expect
+
+_checked = Checked()
 
 MAX_SPLITS = 32
 MIN_SPLIT = 256  # tokens of context; fewer do not pay for the merge
@@ -50,13 +52,23 @@ class TreeBatch:
 
     def __post_init__(self) -> None:
         b, t, _ = self.ancestor_bits.shape
-        expect("query_start_loc", self.query_start_loc, (b + 1,))
-        expect("context_lens", self.context_lens, (b,))
-        expect("block_table", self.block_table, (b, -1), rows_apart=True)
-        words = triton.cdiv(t, 32)
-        expect("ancestor_bits", self.ancestor_bits, (b, t, words), rows_apart=True)
-        if self.depths is not None:
-            expect("depths", self.depths, (b, t), rows_apart=True)
+        depths = () if self.depths is None else (self.depths,)
+        tensors = (
+            self.query_start_loc,
+            self.context_lens,
+            self.block_table,
+            *depths,
+            self.ancestor_bits,
+        )
+        if tensors not in _checked:
+            expect("query_start_loc", self.query_start_loc, (b + 1,))
+            expect("context_lens", self.context_lens, (b,))
+            expect("block_table", self.block_table, (b, -1), rows_apart=True)
+            words = triton.cdiv(t, 32)
+            expect("ancestor_bits", self.ancestor_bits, (b, t, words), rows_apart=True)
+            for column in depths:
+                expect("depths", column, (b, t), rows_apart=True)
+            _checked.add(tensors)
         if not 1 <= self.max_query_len <= t:
             raise ValueError(f"max_query_len {self.max_query_len} is not in 1..{t}")
 

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.triton_kernels.checks import expect, expect_batch
+from vllm_lookahead.triton_kernels.checks import Checked, expect, expect_batch
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import NO_TOKEN
+
+_checked = Checked()
 
 
 @jit
@@ -61,10 +63,13 @@ def complete(
         bigrams: [V, R] int32, the model's likeliest tokens after each, EMPTY where
             unknown.
     """
-    b = expect_batch(batch)
-    _, g, num_values = candidates.shape
-    expect("candidates", candidates, (b, g, num_values))
-    expect("bigrams", bigrams, (-1, -1))
+    b, (_, g, num_values) = batch.block_table.shape[0], candidates.shape
+    tensors = *vars(batch).values(), bigrams, candidates
+    if tensors not in _checked:
+        expect_batch(batch)
+        expect("candidates", candidates, (b, g, num_values))
+        expect("bigrams", bigrams, (-1, -1))
+        _checked.add(tensors)
     if not b or not g:
         return
     _complete_kernel[(b,)](

@@ -1,12 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the launchers ask of their arguments."""
 
+from typing import Any
+
 import torch
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # private to PyTorch; without it a launcher always looks closely
+    TensorGuards = None
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
 
 INTEGERS = (torch.int32, torch.int64)
+
+
+class Checked:
+    """Tensors that a launcher has found right, known again by what they look like.
+
+    That is dtype, device, shape and strides, which PyTorch's guards compare faster than
+    Python asks for them: a launcher looks closely once per configuration.
+    """
+
+    MOST = 512
+
+    def __init__(self) -> None:
+        self._guards: dict[tuple[int, torch.Size], Any] = {}
+
+    def __contains__(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        guards = self._guards.get((len(tensors), tensors[-1].shape))
+        return guards is not None and guards.check(*tensors)
+
+    def add(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        if TensorGuards is None:
+            return
+        if len(self._guards) == self.MOST:
+            self._guards.clear()
+        self._guards[len(tensors), tensors[-1].shape] = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(x.shape) for x in tensors],
+            dynamic_dims_strides=[list(x.stride()) for x in tensors],
+        )
 
 
 def expect(
@@ -40,8 +75,8 @@ def expect(
     )
 
 
-def expect_batch(batch: RequestBatch) -> int:
-    """Check a batch; return B, the number of its requests."""
+def expect_batch(batch: RequestBatch) -> None:
+    """Check a batch."""
     b = batch.block_table.shape[0]
     expect("block_table", batch.block_table, (b, -1), rows_apart=True)
     expect("position", batch.position, (b,))
@@ -50,16 +85,13 @@ def expect_batch(batch: RequestBatch) -> int:
     expect("ngram_size", batch.ngram_size, (b,))
     expect("verification_set_size", batch.verification_set_size, (b,))
     expect("max_nodes", batch.max_nodes, (b,))
-    return b
 
 
-def expect_tree(tree: DraftTree) -> tuple[int, int]:
-    """Check trees; return B and T."""
-    b, t = tree.tokens.shape
+def expect_tree(tree: DraftTree, b: int, t: int) -> None:
+    """Check B trees of up to T nodes."""
     for name in ("tokens", "parents", "depths", "kinds"):
         column = getattr(tree, name)
         expect(f"tree.{name}", column, (b, t), rows_apart=True)
         if column.stride(0) != tree.tokens.stride(0):
             raise ValueError(f"tree.{name} and tree.tokens differ in row stride")
     expect("tree.num_nodes", tree.num_nodes, (b,))
-    return b, t

@@ -14,10 +14,11 @@ import triton.language as tl
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.triton_kernels.checks import expect, expect_batch
+from vllm_lookahead.triton_kernels.checks import Checked, expect, expect_batch
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import load_slot
 
+_checked = Checked()
 _INTEGERS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
@@ -151,10 +152,13 @@ def compact(
         block_size: tokens per block of the block table. The caches' own blocks may
             be smaller, a whole number of them to one of the table.
     """
-    b = expect_batch(batch)
-    n = verdict.path.shape[1]
-    expect("verdict.path", verdict.path, (b, n))
-    expect("cache pointers", caches.pointers, (-1,), torch.int64)
+    b, n = batch.block_table.shape[0], verdict.path.shape[1]
+    tensors = *vars(batch).values(), caches.pointers, verdict.path
+    if tensors not in _checked:
+        expect_batch(batch)
+        expect("verdict.path", verdict.path, (b, n))
+        expect("cache pointers", caches.pointers, (-1,), torch.int64)
+        _checked.add(tensors)
     if block_size % caches.block_size:
         raise ValueError(
             f"blocks of {block_size} tokens are no whole number of the cache's "

@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.tree import DraftTree
-from vllm_lookahead.triton_kernels.checks import INTEGERS, expect, expect_tree
+from vllm_lookahead.triton_kernels.checks import INTEGERS, Checked, expect, expect_tree
 from vllm_lookahead.triton_kernels.jit import jit
+
+_checked = Checked()
 
 
 @jit
@@ -78,13 +80,18 @@ def build_mask(
         positions: [num_tokens] int32 or int64, out: p + depth, flat.
         input_ids: [num_tokens] int32 or int64, out: the nodes' tokens, flat.
     """
-    b, t = expect_tree(tree)
+    b, t = tree.tokens.shape
     words = triton.cdiv(t, 32)
-    expect("root_position", root_position, (b,))
-    expect("query_start_loc", query_start_loc, (b + 1,))
-    expect("bits", bits, (b, t, words))
-    expect("positions", positions, (-1,), *INTEGERS)
-    expect("input_ids", input_ids, (-1,), *INTEGERS)
+    flat = positions, input_ids
+    tensors = *vars(tree).values(), *flat, root_position, query_start_loc, bits
+    if tensors not in _checked:
+        expect_tree(tree, b, t)
+        expect("root_position", root_position, (b,))
+        expect("query_start_loc", query_start_loc, (b + 1,))
+        expect("bits", bits, (b, t, words))
+        expect("positions", positions, (-1,), *INTEGERS)
+        expect("input_ids", input_ids, (-1,), *INTEGERS)
+        _checked.add(tensors)
     if not b:
         return
     # A warp per 32 nodes: the walk to the root is a chain of loads, not of work.

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.triton_kernels.checks import INTEGERS, expect
+from vllm_lookahead.triton_kernels.checks import INTEGERS, Checked, expect
 from vllm_lookahead.triton_kernels.jit import jit
 
 NO_TOKEN = tl.constexpr(EMPTY)
+
+_checked = Checked()
 
 
 @triton.jit
@@ -101,9 +103,12 @@ def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -
         tokens: [n] int32 or int64.
     """
     n = slots.shape[0]
-    ring_cells, window_cells = expect_pages(pages)
-    expect("slots", slots, (n,), torch.int64)
-    expect("tokens", tokens, (n,), *INTEGERS)
+    tensors = *vars(pages).values(), slots, tokens
+    if tensors not in _checked:
+        expect_pages(pages)
+        expect("slots", slots, (n,), torch.int64)
+        expect("tokens", tokens, (n,), *INTEGERS)
+        _checked.add(tensors)
     if not n:
         return
     block = 32
@@ -116,19 +121,17 @@ def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -
         tokens,
         n,
         BLOCK_SIZE=pages.block_size,
-        RING_CELLS=ring_cells,
-        WINDOW_CELLS=window_cells,
+        RING_CELLS=pages.ring[0].numel(),
+        WINDOW_CELLS=pages.window[0].numel(),
         BLOCK=block,
         num_warps=1,
     )
 
 
-def expect_pages(pages: BlockPages) -> tuple[int, int]:
-    """Check pages; return the cells of a block's ring and of its window."""
-    num_blocks, rows, columns = pages.window.shape
-    ring_size = pages.ring.shape[1]
+def expect_pages(pages: BlockPages) -> None:
+    """Check pages."""
+    num_blocks, rows, _ = pages.window.shape
     expect("pages.tokens", pages.tokens, (num_blocks, -1))
     expect("pages.ring", pages.ring, (num_blocks, -1, rows + 2))
     expect("pages.ring_count", pages.ring_count, (num_blocks,))
     expect("pages.window", pages.window, (num_blocks, -1, -1))
-    return ring_size * (rows + 2), rows * columns

@@ -11,6 +11,7 @@ and counts them all, so that an entry's rank is a matter of adding counts: nothi
 is sorted.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,15 @@ import triton.language as tl
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft import pool as oracle
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.triton_kernels.checks import expect, expect_batch
+from vllm_lookahead.triton_kernels.checks import Checked, expect, expect_batch
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import NO_TOKEN, expect_pages, load_slot
 
 MAX_CONTEXT = tl.constexpr(oracle.MAX_CONTEXT)
 CLASSES = tl.constexpr(oracle.MAX_CONTEXT + 1)
 BLOCK_CLASSES = tl.constexpr(triton.next_power_of_2(oracle.MAX_CONTEXT + 1))
+
+_checked = Checked()
 
 # Entries that a program of the scan looks at together; a counter holds the most.
 _MIN_TILE, _MAX_TILE = 512, 2048
@@ -307,20 +310,24 @@ def lookup(
         splits: of each request's context; by default from B and the width of the
             block table.
     """
-    b = expect_batch(batch)
-    expect_pages(pages)
-    g = candidates.shape[1]
+    b, g = batch.block_table.shape[0], candidates.shape[1]
     num_values, ring_size = pages.window.shape[1], pages.ring.shape[1]
     listed = g * oracle.ENTRIES_PER_CANDIDATE
-    expect("candidates", candidates, (b, g, num_values))
+    given = vars(pages).values(), vars(batch).values(), vars(scratch).values()
+    tensors = *itertools.chain(*given), candidates
+    if tensors not in _checked:
+        expect_batch(batch)
+        expect_pages(pages)
+        expect("candidates", candidates, (b, g, num_values))
+        expect("scratch.found", scratch.found, (-1, oracle.MAX_CONTEXT + 1, listed))
+        expect("scratch.count", scratch.count, (-1, oracle.MAX_CONTEXT + 1))
+        _checked.add(tensors)
     if not b or not g:
         return
     entries = ring_size + pages.block_size
     most, tile = _scan_size(batch.block_table.shape[1], entries, listed)
     if splits is None:
         splits = min(most, max(_MIN_SPLITS, _MAX_PROGRAMS // b))
-    expect("scratch.found", scratch.found, (-1, oracle.MAX_CONTEXT + 1, listed))
-    expect("scratch.count", scratch.count, (-1, oracle.MAX_CONTEXT + 1))
     if min(scratch.found.shape[0], scratch.count.shape[0]) < b * splits:
         raise ValueError(f"scratch is too small for {b} requests")
     sizes = dict(

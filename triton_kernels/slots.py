@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
-from vllm_lookahead.triton_kernels.checks import INTEGERS, expect, expect_tree
+from vllm_lookahead.triton_kernels.checks import INTEGERS, Checked, expect, expect_tree
 from vllm_lookahead.triton_kernels.jit import jit
 
 KIND_ROOT = tl.constexpr(ROOT)
 KIND_CANDIDATE = tl.constexpr(CANDIDATE)
 KIND_WINDOW = tl.constexpr(WINDOW)
+
+_stored, _fed = Checked(), Checked()
 
 
 @jit
@@ -54,7 +56,8 @@ def _store_kernel(
     tl.store(slots_num_nodes_ptr + slot, tl.load(num_nodes_ptr + b))
 
     # The first chain's nodes follow the root: node i at depth i can be no other's.
-    in_chain = (kind == KIND_CANDIDATE) & (depth == node)
+    # Beyond T, `kind` is undefined.
+    in_chain = mask & (kind == KIND_CANDIDATE) & (depth == node)
     tl.store(
         drafts_ptr + b * NUM_DRAFTS + node - 1,
         tl.where(in_chain, token, 0).to(tl.int64),
@@ -78,11 +81,15 @@ def store_trees(
         num_nodes: [S] int32, out.
         drafts: [B, N-1] int64, out: each tree's first candidate, padded with 0.
     """
-    b, t = expect_tree(tree)
-    expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
-    expect("columns", columns, (4, -1, t))
-    expect("num_nodes", num_nodes, (columns.shape[1],))
-    expect("drafts", drafts, (b, -1), torch.int64)
+    b, t = tree.tokens.shape
+    tensors = *vars(tree).values(), idx_mapping, columns, num_nodes, drafts
+    if tensors not in _stored:
+        expect_tree(tree, b, t)
+        expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
+        expect("columns", columns, (4, -1, t))
+        expect("num_nodes", num_nodes, (columns.shape[1],))
+        expect("drafts", drafts, (b, -1), torch.int64)
+        _stored.add(tensors)
     num_drafts = drafts.shape[1]
     if not b:
         return
@@ -261,30 +268,7 @@ def feed_trees(
     """
     _, s, t = columns.shape
     b = idx_mapping.shape[0]
-    expect("columns", columns, (4, s, t))
-    expect("num_nodes", num_nodes, (s,))
-    expect("fed.columns", fed.columns, (4, s, t))
-    for name in ("num_nodes", "position", "root", "longest"):
-        expect(f"fed.{name}", getattr(fed, name), (s,))
-    expect("fed.final_slot", fed.final_slot, (-1,), torch.int64)
-    expect("rows.token", rows.token, (-1,), torch.int64)
-    expect("rows.node", rows.node, rows.token.shape, torch.int64)
-    expect("rows.slot", rows.slot, rows.token.shape, torch.int64)
-    expect("rows.local", rows.local, rows.token.shape)
-    expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
-    expect("query_start_loc", query_start_loc, (b + 1,))
-    expect("seq_lens", seq_lens, (b,))
-    expect("input_ids", input_ids, (-1,))
-    expect("last_sampled", last_sampled, (s, 1), torch.int64)
-    expect("counts", counts, (3, b))
-    expect("ngram_size", ngram_size, (b,))
-    expect("cu_verified", cu_verified, (b + 1,))
-    expect("cu_window", cu_window, (b + 1,))
-    if not num_trees <= b <= s:
-        raise ValueError(f"{num_trees} trees of {b} requests, but {s} slots")
-    if not b:
-        return
-    _feed_kernel[(b,)](
+    tensors = (
         *fed,
         *rows,
         columns,
@@ -294,10 +278,40 @@ def feed_trees(
         seq_lens,
         input_ids,
         last_sampled,
-        *counts.unbind(0),
+        counts,
         ngram_size,
         cu_verified,
         cu_window,
+    )
+    if tensors not in _fed:
+        expect("columns", columns, (4, s, t))
+        expect("num_nodes", num_nodes, (s,))
+        expect("fed.columns", fed.columns, (4, s, t))
+        for name in ("num_nodes", "position", "root", "longest"):
+            expect(f"fed.{name}", getattr(fed, name), (s,))
+        expect("fed.final_slot", fed.final_slot, (-1,), torch.int64)
+        expect("rows.token", rows.token, (-1,), torch.int64)
+        expect("rows.node", rows.node, rows.token.shape, torch.int64)
+        expect("rows.slot", rows.slot, rows.token.shape, torch.int64)
+        expect("rows.local", rows.local, rows.token.shape)
+        expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
+        expect("query_start_loc", query_start_loc, (b + 1,))
+        expect("seq_lens", seq_lens, (b,))
+        expect("input_ids", input_ids, (-1,))
+        expect("last_sampled", last_sampled, (s, 1), torch.int64)
+        expect("counts", counts, (3, b))
+        expect("ngram_size", ngram_size, (b,))
+        expect("cu_verified", cu_verified, (b + 1,))
+        expect("cu_window", cu_window, (b + 1,))
+        _fed.add(tensors)
+    if not num_trees <= b <= s:
+        raise ValueError(f"{num_trees} trees of {b} requests, but {s} slots")
+    if not b:
+        return
+    _feed_kernel[(b,)](
+        *tensors[:-4],
+        *counts.unbind(0),
+        *tensors[-3:],
         num_trees,
         s * t,
         columns.stride(0),

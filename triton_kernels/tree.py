@@ -4,6 +4,8 @@
 Oracle: `core.tree.build_tree` of `core.draft.window.read_window`.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,12 @@ from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.window import SEED_STRIDE
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
-from vllm_lookahead.triton_kernels.checks import expect, expect_batch, expect_tree
+from vllm_lookahead.triton_kernels.checks import (
+    Checked,
+    expect,
+    expect_batch,
+    expect_tree,
+)
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import NO_TOKEN, expect_pages, load_slot
 
@@ -20,6 +27,8 @@ KIND_ROOT = tl.constexpr(ROOT)
 KIND_CANDIDATE = tl.constexpr(CANDIDATE)
 KIND_WINDOW = tl.constexpr(WINDOW)
 STRIDE = tl.constexpr(SEED_STRIDE)
+
+_checked = Checked()
 
 
 @triton.jit
@@ -199,14 +208,17 @@ def build_tree(
         candidates: [B, G, N-1] int32 chains from the pool, best first.
         tree: out, T = 1 + G(N-1) + max(0, W(N-1) - 1) nodes per request.
     """
-    b = expect_batch(batch)
-    expect_pages(pages)
-    g = candidates.shape[1]
+    b, g = batch.block_table.shape[0], candidates.shape[1]
     _, k, w = pages.window.shape
     t = 1 + g * k + max(0, w * k - 1)
-    expect("candidates", candidates, (b, g, k))
-    if expect_tree(tree) != (b, t):
-        raise ValueError(f"the tree's columns are not [{b}, {t}]")
+    given = vars(pages).values(), vars(batch).values(), vars(tree).values()
+    tensors = *itertools.chain(*given), candidates
+    if tensors not in _checked:
+        expect_batch(batch)
+        expect_pages(pages)
+        expect("candidates", candidates, (b, g, k))
+        expect_tree(tree, b, t)
+        _checked.add(tensors)
     if not b:
         return
     _tree_kernel[(b,)](

@@ -10,11 +10,13 @@ import triton.language as tl
 
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.triton_kernels.checks import INTEGERS, expect, expect_tree
+from vllm_lookahead.triton_kernels.checks import INTEGERS, Checked, expect, expect_tree
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import NO_TOKEN
 
 KIND_CANDIDATE = tl.constexpr(CANDIDATE)
+
+_checked = Checked()
 
 
 @jit
@@ -66,12 +68,16 @@ def verify(tree: DraftTree, sampled: torch.Tensor, verdict: Verdict) -> None:
             root's and the candidates' are read.
         verdict: out, of at most N tokens.
     """
-    b, t = expect_tree(tree)
+    b, t = tree.tokens.shape
     n = verdict.tokens.shape[1]
-    expect("sampled", sampled, (b, t), *INTEGERS, rows_apart=True)
-    expect("verdict.tokens", verdict.tokens, (b, n))
-    expect("verdict.path", verdict.path, (b, n))
-    expect("verdict.num_emitted", verdict.num_emitted, (b,))
+    tensors = *vars(tree).values(), sampled, *vars(verdict).values()
+    if tensors not in _checked:
+        expect_tree(tree, b, t)
+        expect("sampled", sampled, (b, t), *INTEGERS, rows_apart=True)
+        expect("verdict.tokens", verdict.tokens, (b, n))
+        expect("verdict.path", verdict.path, (b, n))
+        expect("verdict.num_emitted", verdict.num_emitted, (b,))
+        _checked.add(tensors)
     if not b:
         return
     _verify_kernel[(b,)](

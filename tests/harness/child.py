@@ -14,13 +14,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from interpreter import patch_language_once, stand_in
 from models import make_model
+from poison import poisoned
 
 ENGINE = {
     "dtype": "float32",
@@ -32,7 +33,9 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-WATCHED = ("waits", "allocated", "steps", "trees", "branched", "merged", "differing")
+WATCHED = ("waits", "allocated", "launched", "operated", "steps")
+WATCHED += ("trees", "branched", "merged", "differing")
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 numbers = itertools.count()
 
 
@@ -55,11 +58,16 @@ class Engines:
             if not model.exists():
                 make_model(model, *job["model"])
             engine = ENGINE | job["engine"]
+            self.dense: list[bool] = []
             warm_up = engine.pop("warm_up", False)
-            with logits_in_chunks(engine.pop("chunk_rows", None)):
+            chunks = logits_in_chunks(engine.pop("chunk_rows", None))
+            with chunks, request_states(self.dense):
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
+            if INTERPRETED and job["lookahead"]:
+                for cache in model_runner(self.llm).kv_caches:
+                    cache.fill_(float("nan"))  # slots that no token was written to
             if warm_up:
                 warm_up_kernels(self.llm)
             self.chunks = Chunks(scheduler(self.llm))
@@ -115,6 +123,21 @@ def warm_up_kernels(llm: Any) -> None:
     warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
 
 
+@contextmanager
+def request_states(dense: list[bool]) -> Iterator[None]:
+    """Note of each `RequestState` made if the device holds all tokens."""
+    from vllm.v1.worker.gpu.states import RequestState
+
+    init = RequestState.__init__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        dense.append(kwargs.get("use_dense_all_token_ids", False))
+        init(self, *args, **kwargs)
+
+    with mock.patch.object(RequestState, "__init__", noted):
+        yield
+
+
 def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     llm = engines.get(job)
     before, at_before, chunks = counters(llm), accepted_at(llm), engines.chunks
@@ -154,6 +177,7 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
         ],
         "scheduler": type(scheduler(llm)).__name__,
         "attention": attention(llm),
+        "dense": engines.dense,
         "chunks": [chunks.steps, chunks.beside_drafts],
         "watched": engines.watch
         and {
@@ -286,9 +310,11 @@ def override_kernels_once() -> None:
 def main() -> None:
     stand_in()
     override_kernels_once()
-    if os.environ["TRITON_INTERPRET"] == "1":
+    poison: AbstractContextManager = nullcontext()
+    if INTERPRETED:
         patch_language_once()
-    with os.fdopen(int(sys.argv[1]), "w") as results:
+        poison = poisoned()
+    with os.fdopen(int(sys.argv[1]), "w") as results, poison:
         engines = Engines(Path(sys.argv[2]))
         for job in jobs():
             try:

@@ -58,11 +58,15 @@ class Watch:
     Attributes:
         waits: where the host would wait, as "FILE:LINE FUNCTION: what".
         allocated: what lookahead's own code allocated, likewise.
+        launched: how often each of lookahead's kernels was launched, by name.
+        operated: PyTorch operators that lookahead's own code had the device run.
     """
 
     def __init__(self, on_device: Any = ()) -> None:
         self.waits: Counter[str] = Counter()
         self.allocated: Counter[str] = Counter()
+        self.launched: Counter[str] = Counter()
+        self.operated: Counter[str] = Counter()
         self.on_device: dict[int, torch.UntypedStorage] = {}
         self.is_on = False
         self.mark(on_device)
@@ -73,6 +77,8 @@ class Watch:
 
         def launch_unseen(executor: Any, *args: Any, **kwargs: Any) -> None:
             self.mark((args, kwargs))
+            if executor.fn.__module__.startswith(vllm_lookahead.__name__):
+                self.launched[executor.fn.__name__] += 1
             with self.switched(False):
                 launch(executor, *args, **kwargs)
 
@@ -120,10 +126,11 @@ class Watch:
         if self.is_on and (site := self.site()):
             self.waits[f"{site}: {what}"] += 1
 
-    def allocate(self, what: str) -> None:
+    def count(self, counter: Counter[str], what: str) -> None:
+        """Count what lookahead's own code does."""
         site = self.site() or ""
         if site.startswith(tuple(f"{folder.name}/" for folder in OURS)):
-            self.allocated[f"{site}: {what}"] += 1
+            counter[f"{site}: {what}"] += 1
 
     def site(self) -> str | None:
         """The line of vLLM or lookahead that runs; None in what stands in for a GPU."""
@@ -202,9 +209,13 @@ class Operators(TorchDispatchMode):
             else:
                 watch.mark(result)
         known = {x.untyped_storage().data_ptr() for x in given}
-        for tensor in tensors(result):
-            if tensor.untyped_storage().data_ptr() not in known:
-                watch.allocate(str(packet))
+        new = [
+            x for x in tensors(result) if x.untyped_storage().data_ptr() not in known
+        ]
+        for _ in new:
+            watch.count(watch.allocated, str(packet))
+        if any(map(watch.is_device, given)) and (new or func._schema.is_mutable):
+            watch.count(watch.operated, str(packet))  # a view takes no launch
         return result
 
 
@@ -212,8 +223,8 @@ class WatchedSteps(Watch):
     """Watches the steps of a model runner.
 
     Attributes:
-        steps: of each step, how many requests were fed trees; `allocated` is the last
-            one's.
+        steps: of each step, how many requests were fed trees; `allocated`, `launched`
+            and `operated` are the last one's.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -225,7 +236,8 @@ class WatchedSteps(Watch):
         execute, sample = runner.execute_model, runner.sample_tokens
 
         def execute_model(*args: Any, **kwargs: Any) -> Any:
-            self.allocated.clear()
+            for counter in (self.allocated, self.launched, self.operated):
+                counter.clear()
             with self.watching():
                 result = execute(*args, **kwargs)
             plan = runner.step.plan if hasattr(runner, "step") else None

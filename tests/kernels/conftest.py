@@ -7,6 +7,8 @@ import pytest
 import torch
 from triton import knobs
 
+from tests.harness.poison import poisoned
+
 if torch.cuda.is_available() == knobs.runtime.interpret:
     raise RuntimeError(
         "Triton must interpret without a GPU and compile with one: run pytest from "
@@ -16,9 +18,10 @@ if torch.cuda.is_available() == knobs.runtime.interpret:
 
 @pytest.fixture(autouse=True)
 def on_the_kernels_device() -> Iterator[None]:
-    """Tensors are made on the GPU, if any."""
+    """Tensors are made on the GPU, if any, and what it leaves undefined is garbage."""
     if not torch.cuda.is_available():
-        yield
+        with poisoned():
+            yield
         return
     with torch.device("cuda"):
         yield

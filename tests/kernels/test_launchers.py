@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.core.equivalence import Shape, State, random_state
-from tests.kernels.build import ORACLE, AnySizeTritonOps, poisoned
+from tests.kernels.build import ORACLE, AnySizeTritonOps, dense, poisoned
+from vllm_lookahead.triton_kernels import checks
+from vllm_lookahead.triton_kernels import verify as verify_kernels
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.pages import write_tokens
 from vllm_lookahead.triton_kernels.verify import verify
@@ -82,3 +84,42 @@ def test_trees_and_what_is_written(state):
         build_mask(tree, state.batch.position, start, bits[:, :-1], *flat)
     with pytest.raises(ValueError, match="^query_start_loc is"):
         build_mask(tree, state.batch.position, start[1:], bits, *flat)
+
+
+def test_a_configuration_is_checked_once(state, monkeypatch):
+    asked: list[str] = []
+
+    def expect(name, *args, **kwargs):
+        asked.append(name)
+        return checks.expect(name, *args, **kwargs)
+
+    monkeypatch.setattr(verify_kernels, "expect", expect)
+    monkeypatch.setattr(verify_kernels, "_checked", checks.Checked())
+    tree = ORACLE.propose(state.pages, state.batch, state.g)
+    verdict = dense(ORACLE.verify(tree, tree.tokens, 4))
+    sampled = tree.tokens.contiguous()
+    verify(tree, sampled, verdict)
+    assert asked
+    asked.clear()
+    verify(tree, sampled.clone(), replace(verdict, path=verdict.path.clone()))
+    assert not asked
+    wide = torch.stack([sampled, sampled], 1)[:, 0]  # another stride
+    for other in (sampled.long(), wide):
+        verify(tree, other, verdict)
+        assert asked
+        asked.clear()
+    for wrong in (tree.tokens.float(), tree.tokens[:, 1:], tree.tokens[:1]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="^sampled is"):
+                verify(tree, wrong, verdict)
+
+
+def test_configurations_are_forgotten_before_they_fill_memory():
+    seen, sizes = checks.Checked(), range(2 * checks.Checked.MOST)
+    for size in sizes:
+        tensors = torch.zeros(3), torch.zeros(size)
+        assert tensors not in seen
+        seen.add(tensors)
+        assert tensors in seen
+    known = [size for size in sizes if (torch.zeros(3), torch.zeros(size)) in seen]
+    assert known == list(sizes)[-len(known) :] and len(known) <= checks.Checked.MOST

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams
 
+from tests.harness.poison import poisoned
 from tests.kernels.build import reference_trees
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
@@ -191,6 +192,18 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
         ops.update(pages, requests, step.rows(1), step.sampled_rows(1), verdict)
         assert not (pages.ring == other).any() and not (pages.window == other).any()
         assert (pages.window == 8).any() == (fed == 12)
+
+
+@pytest.mark.parametrize("server", [(0, 3, 0), (1, 4, 0)])
+def test_no_draft_is_made_up(server: tuple[int, int, int]) -> None:
+    """Where trees have fewer nodes than a request has drafts."""
+    params, device = LookaheadParams(*server), torch.get_default_device()
+    slots = TreeSlots(SLOTS, params.max_tree_size, device)
+    step = TreeStep(SLOTS, 64, params, device)
+    drafts = torch.full((2, params.ngram_size - 1), -7)
+    with poisoned(plausible=True):
+        slots.store(step.rows(2), torch.tensor([3, 5]), drafts)
+    assert not drafts.any()
 
 
 @pytest.mark.parametrize(

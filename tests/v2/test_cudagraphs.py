@@ -98,6 +98,11 @@ def fits(desc: Any, widths: list[int]) -> bool:
     )
 
 
+def tree_graphs(manager: Any) -> list[Any]:
+    full = manager._capture_descs[CUDAGraphMode.FULL]
+    return [d for d in full if d.max_query_len or d.uniform_token_count > 1]
+
+
 def test_batches_of_the_scheduler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -190,7 +195,7 @@ def test_trees_beside_single_tokens(
             desc = dispatch(manager, widths)
             assert fits(desc, widths)
             # Attention splits contexts by how many requests there may be.
-            most = next(n for n in (*REQUESTS, 256) if n >= len(widths))
+            most = next(n for n in REQUESTS if n >= len(widths))
             assert desc.num_reqs == min(most, desc.num_tokens)
 
 
@@ -208,6 +213,31 @@ def test_chains(
             assert fits(dispatch(manager, widths), widths)
         else:
             assert count > 16
+
+
+@pytest.mark.parametrize("params", [*PARAMS, *WIDE])
+def test_more_requests_than_can_draft(
+    params: LookaheadParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their trees have vLLM's graphs: ours would be mostly idle programs."""
+    manager = make_manager(monkeypatch, params, 1024)
+    few = make_manager(monkeypatch, params, 256)
+    assert tree_graphs(manager) == tree_graphs(few)
+    able = sum(tree_widths(params, count)[0] > 1 for count in range(1, 1025))
+    assert MAX_TREE_TOKENS // 2 <= able < max(REQUESTS)
+    for drafting in (1, 20, able):
+        for off in (max(REQUESTS) - drafting, max(REQUESTS) + 1 - drafting, 800):
+            widths = tree_widths(params, drafting) + [1] * off
+            desc = dispatch(manager, widths)
+            if len(widths) <= max(REQUESTS):
+                assert fits(desc, widths)
+            else:
+                small = sum(widths) <= 512
+                assert desc.cg_mode.name == ("PIECEWISE" if small else "NONE")
+    for count in (able + 1, 400, 512):  # of one token each
+        assert tree_widths(params, count)[0] == 1
+        desc = manager.dispatch(count, count, 1, 0, max_query_len=1)
+        assert (desc.cg_mode.name, desc.uniform_token_count) == ("FULL", 1)
 
 
 def test_one_smaller_tree(manager: Any) -> None:
@@ -268,8 +298,8 @@ def test_capture(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> No
     sizes = [desc.num_tokens for desc in full]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(full)) == len(full)
-    trees = [d for d in full if d.max_query_len or d.uniform_token_count > 1]
-    assert len(trees) <= (50 if params == FULL else 60)
+    trees = tree_graphs(manager)
+    assert len(trees) <= (52 if params == FULL else 64)
     budget = tree_budget(params.max_tree_size, 8192)
     assert max(d.num_tokens for d in trees) == budget + 255
     for desc in trees:  # as vLLM's dummy batch wants it

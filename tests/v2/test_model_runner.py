@@ -95,6 +95,12 @@ def test_the_output_does_not_wait_for_the_next_trees(
     assert runner.sample_tokens(None) == "plain"
 
 
+def test_tokens_of_all_requests_stay_with_the_host(engines: Engines) -> None:
+    """On the device they would take 512 MiB at 1,024 requests of 131,072 tokens."""
+    result = engines.run([[request([5, 6, 7], max_tokens=2)]], SMALL)
+    assert result["dense"] == [False]
+
+
 @pytest.mark.parametrize("budget", [8, 17])
 def test_trees_narrower_than_n(engines: Engines, budget: int) -> None:
     """Of four requests, which share the step with prefills and with one another."""

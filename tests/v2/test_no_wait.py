@@ -12,6 +12,10 @@ from tests.harness.engines import Engines
 from tests.harness.jobs import SMALL, prompts, request
 from tests.harness.watch import Watch
 
+KERNELS = ("feed", "mask", "write_tokens", "verify", "compact", "update", "scan")
+KERNELS += ("select", "complete", "tree", "store")
+KERNELS = tuple(f"_{name}_kernel" for name in KERNELS)
+NUM_LAYERS = 2
 HELD = torch.tensor([3.0, 0.0, 1.0])  # as if by the device
 
 
@@ -80,3 +84,8 @@ def test_step(engines: Engines) -> None:
     # The sampler's arguments, which vLLM gathers too where it verifies drafts, and
     # what is read by copies that may still be under way in the next step.
     assert sum(result["allocated"].values()) <= 10, result["allocated"]
+    # As in docs/kernels.md. The interpreter attends by PyTorch where nobody drafts.
+    launched = dict(result["launched"])
+    assert launched.pop("tree_attention_kernel") == NUM_LAYERS
+    assert launched == dict.fromkeys(KERNELS, 1)
+    assert sum(result["operated"].values()) <= 12, result["operated"]

@@ -73,17 +73,10 @@ class LookaheadConfig(SpeculativeConfig):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(defaults, name))
         self.num_speculative_tokens = self.params.ngram_size - 1
-        # `init_speculator` builds an n-gram speculator for `use_ngram`, which wants
-        # a range; the model runner replaces it before it drafts.
-        self.prompt_lookup_min = self.prompt_lookup_max = 1
 
     @property
     def params(self) -> LookaheadParams:
         return LookaheadParams(**{name: getattr(self, name) for name in RANGES})
-
-    def use_ngram(self) -> bool:
-        """Drafts come, like n-grams, without weights or K/V of their own."""
-        return True
 
     def compute_hash(self) -> str:
         """vLLM's, but no other method's: it keys the cache of compiled graphs.

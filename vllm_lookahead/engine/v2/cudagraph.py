@@ -9,7 +9,8 @@ Three families, for steps without a prefill:
 
 A step with a prefill has vLLM's piecewise graphs. Those of trees are for the batches
 that `LookaheadScheduler` makes: whole trees for a few requests, narrower ones for
-more, and one token for each request that drafts nothing.
+more, and one token for each request that drafts nothing. Of up to 256 requests, so
+their number does not grow with `max_num_seqs`: about 60.
 """
 
 from collections.abc import Iterable
@@ -25,9 +26,12 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
 from vllm_lookahead.engine.shares import COUNTS, nodes_within, tree_budget
 from vllm_lookahead.params import LookaheadParams
 
-# Most requests of a varlen graph. How far its attention splits contexts depends on
-# them, for they are all that is known when it is captured.
-REQUESTS = (4, 8, 16, 64)
+# Most requests of a varlen graph. Its attention has a program for each of them, busy
+# or not, and splits contexts by them: they are all that is known at capture. Up to
+# `MAX_TREE_TOKENS // 2` requests can draft. With as many again that do not, a batch
+# has some 500 tokens, and vLLM by default captures no graph of more than 512: larger
+# batches have its piecewise graphs or none, as without trees.
+REQUESTS = (4, 8, 16, 64, 128, 256)
 # Tokens that a varlen graph may pad a batch with: so few, or a quarter.
 PADDING = 16
 
@@ -59,7 +63,8 @@ def mixed_batches(
     budget = tree_budget(params.max_tree_size, max_num_tokens)
     batches: list[tuple[int, int]] = []
     first = 2
-    for last in [*(n for n in REQUESTS if n < max_num_reqs), max_num_reqs]:
+    most = min(max_num_reqs, REQUESTS[-1])
+    for last in [*(n for n in REQUESTS if n < most), most]:
         # Requests with sizes of their own may fill the share to the last token.
         sizes = {min(budget + last - 1, last * params.max_tree_size)}
         for count in range(first, last + 1):

@@ -23,7 +23,6 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
-from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
@@ -55,19 +54,11 @@ logger = init_logger("vllm.lookahead")
 class LookaheadModelRunner(BaseModelRunner):
     cudagraph_manager: Any
     decode_query_len: int
+    speculator: Any = None
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.lookahead = params = vllm_config.speculative_config.params
-        # vLLM took the tokens of all requests for an n-gram search on the device.
-        self.req_states = RequestState(
-            max_num_reqs=self.max_num_reqs,
-            max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.max_num_tokens,
-            num_speculative_steps=self.num_speculative_steps,
-            vocab_size=self.vocab_size,
-            device=device,
-        )
         size = params.max_tree_size
         self.sizes = RequestSizes(self.max_num_reqs, params)
         self.slots = TreeSlots(self.max_num_reqs, size, device)
@@ -81,6 +72,15 @@ class LookaheadModelRunner(BaseModelRunner):
         self.slot_views: list[torch.Tensor]
         # No node of a tree lies further from its root.
         self.max_depth = params.ngram_size + params.window_size
+
+    @property
+    def speculative_config(self) -> Any:
+        """None until there is a speculator: vLLM's constructor knows none for us."""
+        return None if self.speculator is None else self.vllm_config.speculative_config
+
+    @speculative_config.setter
+    def speculative_config(self, config: Any) -> None:
+        """vLLM's constructor takes it from `vllm_config`, as the property does."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -293,8 +293,8 @@ class LookaheadModelRunner(BaseModelRunner):
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         super()._dummy_sampler_run(hidden_states)
         # The sampler saw one row per request. A step has more, in two precisions.
-        rows = self.max_num_reqs * self.step.rows_per_request
-        rows = min(rows, max(self.max_chunk_rows, self.step.rows_per_request))
+        step = self.step
+        rows = min(step.max_rows, max(self.max_chunk_rows, step.rows_per_request))
         index = torch.arange(rows, device=self.device) % hidden_states.shape[0]
         logits = self.model.compute_logits(hidden_states[index])
         torch.empty_like(logits, dtype=torch.float32).copy_(logits).argmax(-1)

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.engine.shares import tree_budget
 from vllm_lookahead.engine.v2.sizes import NGRAM, ROWS, TREE, VERIFY, WINDOW
 from vllm_lookahead.engine.v2.trees import TreeSlots
 from vllm_lookahead.params import LookaheadParams
@@ -108,6 +109,9 @@ class TreeStep:
             -1 for the nodes after a root.
         rows_per_request: most logits rows of a request: the root, the candidates
             and the window's last row.
+        max_rows: most logits rows of a step. No tree has more of them than nodes, but
+            for the root's second one where N is 2, and the scheduler keeps the nodes
+            of all trees within a budget; a request without a tree has one.
         attended: how many requests, from the first on, attend as trees: none of a
             step without trees, all of one without prefills.
     """
@@ -124,7 +128,11 @@ class TreeStep:
 
         t = params.max_tree_size
         self.rows_per_request = 1 + params.max_candidate_nodes + params.window_size
-        max_rows = max(2, max_num_reqs * self.rows_per_request)  # two to warm up
+        budget = tree_budget(t, max_num_tokens)
+        self.max_rows = max_num_reqs + min(
+            budget, max_num_reqs * (self.rows_per_request - 1)
+        )
+        max_rows = max(2, self.max_rows)  # two to warm up
         self._columns = zeros(4, max_num_reqs, t)
         self.tree = _tree(self._columns, zeros(max_num_reqs))
         self.position, self.root = zeros(max_num_reqs), zeros(max_num_reqs)
@@ -178,8 +186,16 @@ class TreeStep:
         slot_mapping: torch.Tensor,
         last_sampled: torch.Tensor,
     ) -> None:
-        """Gather the step's trees and say which rows of the batch need logits."""
+        """Gather the step's trees and say which rows of the batch need logits.
+
+        Raises:
+            ValueError: the trees have more rows than a scheduler's batch can have.
+        """
         b, num_tokens = plan.num_requests, input_batch.num_tokens
+        if plan.cu_window_np[-1] > self.max_rows:
+            raise ValueError(
+                f"{plan.cu_window_np[-1]} logits rows, but buffers for {self.max_rows}"
+            )
         self.final_slot[:num_tokens].copy_(slot_mapping[:num_tokens])
         feed_trees(
             self._fed,

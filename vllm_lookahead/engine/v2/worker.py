@@ -14,6 +14,7 @@ from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.v2.warm_up import warm_up
 
 if current_platform.is_cpu():
+    from vllm.v1.worker.cpu import model_runner as cpu_runner
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as BaseWorker
@@ -29,10 +30,16 @@ class LookaheadWorker(BaseWorker):
 
     def init_device(self) -> None:
         install(["sampler_warmups"])
-        super().init_device()
-        # The CPU worker does not ask `_make_model_runner`.
-        if not isinstance(self.model_runner, LookaheadModelRunner):
-            self.model_runner = self._make_model_runner()
+        if not current_platform.is_cpu():
+            super().init_device()
+            return
+        # The CPU worker does not ask `_make_model_runner`: it takes a module's global.
+        original = cpu_runner.CPUModelRunner
+        cpu_runner.CPUModelRunner = LookaheadModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_runner.CPUModelRunner = original
 
     def compile_or_warm_up_model(self) -> Any:
         self.model_runner.ask_model()
