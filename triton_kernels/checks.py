@@ -5,15 +5,12 @@ from typing import Any
 
 import torch
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # private to PyTorch; without it a launcher always looks closely
-    TensorGuards = None
-
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
 
 INTEGERS = (torch.int32, torch.int64)
+# Private to PyTorch: where it is gone, a launcher always looks closely.
+TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 
 class Checked:

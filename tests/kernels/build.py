@@ -90,11 +90,6 @@ def reference_trees(
     return DraftTree.of(trees, size)
 
 
-def dense(verdict: Verdict) -> Verdict:
-    tokens, path = verdict.tokens.contiguous(), verdict.path.contiguous()
-    return replace(verdict, tokens=tokens, path=path)
-
-
 class AnySizeTritonOps(TritonOps):
     """`TritonOps` that takes its sizes from what each op is given."""
 
@@ -128,26 +123,6 @@ class AnySizeTritonOps(TritonOps):
         pages = BlockPages.allocate(1, 1, params, sampled.device)
         self._resize(pages, len(sampled), 0)
         return super().verify(tree, sampled, max_emitted)
-
-    # The oracle's verdicts are slices.
-    def compact(
-        self,
-        caches: list[torch.Tensor],
-        batch: RequestBatch,
-        verdict: Verdict,
-        block_size: int,
-    ) -> None:
-        super().compact(caches, batch, dense(verdict), block_size)
-
-    def update(
-        self,
-        pages: BlockPages,
-        batch: RequestBatch,
-        tree: DraftTree,
-        sampled: torch.Tensor,
-        verdict: Verdict,
-    ) -> None:
-        super().update(pages, batch, tree, sampled, dense(verdict))
 
 
 ORACLE = ReferenceOps()

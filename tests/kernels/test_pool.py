@@ -73,7 +73,7 @@ def test_a_scan_goes_on_behind_its_first_tile():
     pages = make_pages(100, 16, 0, 3)
     pages.tokens[:] = torch.arange(1600).view(100, 16) + 10
     pages.tokens[:, 5] = 1
-    rows = [Row(list(range(100)), 1597, 1, g=30)]
+    rows = [Row(list(range(100)), 1597, 1, n=3, g=30)]
     candidates = assert_same_lookup(pages, make_batch(rows), 30, splits=1)
     assert candidates[0, :, 0].tolist() == [16 * b + 16 for b in range(99, 69, -1)]
 
@@ -117,7 +117,7 @@ def test_a_long_context(position):
     draw = torch.Generator(pages.tokens.device).manual_seed(position)
     for page in (pages.tokens, pages.ring):
         page.random_(0, 300, generator=draw)
-    pages.ring_count.random_(0, 200, generator=draw)
+    pages.ring_count.random_(pages.ring.shape[1], 200, generator=draw)
     order = torch.randperm(2056, generator=draw, device=pages.tokens.device)
     row = Row(order.tolist(), position, 7, n=5, g=15)
     assert_same_lookup(pages, make_batch([row]), 15)

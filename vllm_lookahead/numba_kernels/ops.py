@@ -9,11 +9,15 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.best_first import Hints, Rejected
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.numba_kernels import attention as attention_lib
-from vllm_lookahead.numba_kernels import best_first
-from vllm_lookahead.numba_kernels import mask as mask_lib
-from vllm_lookahead.numba_kernels import update as update_lib
-from vllm_lookahead.numba_kernels import verify as verify_lib
+from vllm_lookahead.numba_kernels import (
+    attention,
+    compact,
+    draft,
+    mask,
+    update,
+    verify,
+    write,
+)
 from vllm_lookahead.numba_kernels.layout import ROW, feed_trees, lay_out, size_trees
 from vllm_lookahead.numba_kernels.walk import Walk
 from vllm_lookahead.params import LookaheadParams
@@ -22,12 +26,12 @@ from vllm_lookahead.params import LookaheadParams
 class NumbaOps:
     """On CPU tensors, with the results of `core.reference`."""
 
-    write_tokens = staticmethod(update_lib.write_tokens)
-    grow = staticmethod(best_first.grow)
-    ancestors = staticmethod(mask_lib.ancestors)
-    verify = staticmethod(verify_lib.verify)
-    compact = staticmethod(verify_lib.compact)
-    update = staticmethod(update_lib.update)
+    write_tokens = staticmethod(write.write_tokens)
+    grow = staticmethod(draft.grow)
+    ancestors = staticmethod(mask.ancestors)
+    verify = staticmethod(verify.verify)
+    compact = staticmethod(compact.compact)
+    update = staticmethod(update.update)
 
 
 def warm_up(
@@ -67,7 +71,7 @@ def warm_up(
     for dtype in (torch.bfloat16, torch.float32):
         hints.rejected.logits = torch.zeros(0, 0, dtype=dtype)
         tree, _ = ops.grow(pages, batch, hints, 0.5)
-    tree_rows = attention_lib.TreeRows(
+    tree_rows = attention.TreeRows(
         np.zeros(1, np.int64),
         tree.num_nodes.numpy(),
         batch.position.numpy(),
@@ -76,14 +80,14 @@ def warm_up(
         tree.depths.numpy(),
         covers_batch=True,
     )
-    size, lanes = tree.tokens.shape[1], attention_lib.LANES
+    size, lanes = tree.tokens.shape[1], attention.LANES
     query, blocks = torch.zeros(size, 1, lanes), -(-(1 + size) // block_size)
     cache = torch.zeros(1, 1, blocks * block_size, 2 * lanes)
-    attention_lib.tree_attention(query, cache, tree_rows, 1.0, query.clone())
+    attention.tree_attention(query, cache, tree_rows, 1.0, query.clone())
     verdict = ops.verify(tree, torch.zeros_like(tree.tokens), params.ngram_size)
     ops.compact([], batch, verdict, block_size)
     slot = np.zeros((2, 1), np.int64)
-    verify_lib.move_slots(caches, *slot)
+    compact.move_slots(caches, *slot)
     ops.update(pages, batch, tree, tree.tokens, verdict)
     own = params.window_size, params.ngram_size, params.verification_set_size
     requests = np.array([(0, params.ngram_size, 1, *own)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write to the pages: tokens whose K/V is final, harvested n-grams, the window."""
+"""After a step: record the output, harvest the Jacobi window, slide it by a row."""
 
 import torch
 
@@ -11,36 +11,13 @@ from vllm_lookahead.numba_kernels.arrays import array, page_arrays
 from vllm_lookahead.numba_kernels.jit import kernel
 
 
+# As in write.py: a kernel in Numba's cache must not call another file's, whose changes
+# would go unnoticed.
 @kernel
 def _write_token(tokens, ring, ring_count, window, block, offset, token):
     tokens[block, offset] = token
     if offset == 0:  # a new owner: nothing of the previous one remains
         ring[block], ring_count[block], window[block] = EMPTY, 0, EMPTY
-
-
-@kernel
-def _write_tokens_kernel(
-    tokens,  # [num_blocks, block_size] int32
-    ring,  # [num_blocks, ring_size, N+1] int32
-    ring_count,  # [num_blocks] int32
-    window,  # [num_blocks, N-1, W] int32
-    slots,  # [n] int64
-    values,  # [n] int32
-):
-    block_size = tokens.shape[1]
-    for i in range(slots.shape[0]):
-        if slots[i] >= 0:
-            block, offset = slots[i] // block_size, slots[i] % block_size
-            _write_token(tokens, ring, ring_count, window, block, offset, values[i])
-
-
-def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-    """`core.pages.write_tokens`."""
-    _write_tokens_kernel(
-        *page_arrays(pages),
-        array(slots, torch.int64),
-        array(tokens.int(), torch.int32),
-    )
 
 
 @kernel
@@ -129,7 +106,7 @@ def update(
     sampled: torch.Tensor,
     verdict: Verdict,
 ) -> None:
-    """`ReferenceOps.update`."""
+    """`core.update.update`."""
     _update_kernel(
         *page_arrays(pages),
         array(batch.block_table, torch.int32),
