@@ -111,7 +111,7 @@ class Chunks:
 def logits_in_chunks(rows: int | None) -> AbstractContextManager:
     if rows is None:
         return nullcontext()
-    name = "vllm_lookahead.engine.v2.model_runner.get_max_chunk_logits"
+    name = "vllm_lookahead.engine.v2.sampling.get_max_chunk_logits"
     return mock.patch(name, lambda vocab_size: rows)
 
 

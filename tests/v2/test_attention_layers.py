@@ -66,13 +66,13 @@ def make_layer(**changes: Any) -> Any:
 
 def install(monkeypatch: pytest.MonkeyPatch, *layers: Any) -> None:
     named = {f"layer{i}": layer for i, layer in enumerate(layers)}
-    monkeypatch.setattr(attention, "attention_layers", lambda runner: named)
     # Without the CPU's stand-in for vLLM's kernel.
     monkeypatch.setattr(attention.current_platform, "is_cpu", lambda: False)
     scratch = SimpleNamespace(allocate=lambda *sizes: None)
     monkeypatch.setattr(attention, "SplitScratch", scratch)
-    runner: Any = SimpleNamespace(dtype=torch.bfloat16, device="cpu", step=None)
-    attention.install_tree_attention(runner)
+    step: Any = None
+    device = torch.device("cpu")
+    attention.install_tree_attention(named, step, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("softcap", [None, 0, 30.0])

@@ -18,7 +18,7 @@ from vllm.model_executor.models import registry
 from tests.hf_config import write_config
 from tests.scheduling import BATCHED, OFF, Driver
 from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
-from vllm_lookahead.engine.support import GPU_WORKER
+from vllm_lookahead.engine.support import V2_WORKER
 from vllm_lookahead.engine.v2 import model_runner
 from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.v2.sizes import RequestSizes
@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, params: LookaheadParams, folder: Path) -> None:
         model = write_config(folder, max_position_embeddings=65536)
-        self.driver = Driver(model, GPU_WORKER, **asdict(params))
+        self.driver = Driver(model, V2_WORKER, **asdict(params))
         self.sizes = RequestSizes(MOST, params)
         self.slots: dict[str, int] = {}
         self.step = TreeStep(MOST, BATCHED, params, CPU)
@@ -122,7 +122,7 @@ def test_memory_is_profiled_with_as_many(
     name = "_dummy_sampler_run"
     monkeypatch.setattr(model_runner.BaseModelRunner, name, lambda *args: None)
     runner: Any = object.__new__(LookaheadModelRunner)
-    runner.device, runner.max_chunk_rows = CPU, chunk
+    runner.device, runner.tree_sampler = CPU, SimpleNamespace(max_chunk_rows=chunk)
     runner.step = TreeStep(1024, BATCHED, LookaheadParams(15, 5, 15), CPU)
     runner.model = SimpleNamespace(compute_logits=compute_logits)
     runner._dummy_sampler_run(torch.zeros(3, 2))

@@ -79,7 +79,7 @@ def test_the_output_does_not_wait_for_the_next_trees(
         step.longest.zero_()  # the next step
         return SimpleNamespace(get_output=lambda: "output")
 
-    monkeypatch.setattr(model_runner, "sample_along_trees", sample)
+    runner.tree_sampler = SimpleNamespace(sample=sample)
     monkeypatch.setattr(model_runner.BaseModelRunner, "sample_tokens", upstream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     wrap = SimpleNamespace(wrap=lambda output, drafted: (output, drafted))

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -22,7 +22,6 @@ from vllm_lookahead.triton_kernels.attention import tree_attention
 from vllm_lookahead.triton_kernels.attention_config import SplitScratch, TreeBatch
 
 if TYPE_CHECKING:
-    from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
     from vllm_lookahead.engine.v2.step import TreeStep
 
 # Their caches are [num_blocks, num_kv_heads, block_size, 2 * head_size], K before V.
@@ -202,8 +201,8 @@ class TreeAttention:
         return False
 
 
-def attention_layers(runner: "LookaheadModelRunner") -> dict[str, Attention]:
-    return get_layers_from_vllm_config(runner.vllm_config, Attention)
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
+    return get_layers_from_vllm_config(vllm_config, Attention)
 
 
 def _refuse(name: str, layer: Attention, dtype: torch.dtype) -> None:
@@ -230,15 +229,24 @@ def _refuse(name: str, layer: Attention, dtype: torch.dtype) -> None:
             )
 
 
-def install_tree_attention(runner: "LookaheadModelRunner") -> None:
-    """Teach the model's attention layers, and theirs alone, to read trees.
+def install_tree_attention(
+    layers: dict[str, Attention],
+    step: "TreeStep",
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Teach a model's attention layers, and theirs alone, to read trees.
+
+    Args:
+        layers: by name.
+        step: the trees of each step.
+        dtype, device: of the model.
 
     Raises:
         ValueError: an attention that the tree kernel does not compute.
     """
-    layers = attention_layers(runner)
     for name, layer in layers.items():
-        _refuse(name, layer, runner.dtype)
+        _refuse(name, layer, dtype)
     head_sizes = {layer.head_size for layer in layers.values()}
     if len(head_sizes) > 1:
         raise ValueError(
@@ -250,7 +258,7 @@ def install_tree_attention(runner: "LookaheadModelRunner") -> None:
     if current_platform.is_cpu():
         mixins = (TreeAttention, TorchAttention)  # type: ignore[assignment]
     else:
-        scratch = SplitScratch.allocate(head_size, runner.device)
+        scratch = SplitScratch.allocate(head_size, device)
 
     @cache
     def tree_impl(impl: type) -> type:
@@ -259,7 +267,7 @@ def install_tree_attention(runner: "LookaheadModelRunner") -> None:
     @cache
     def tree_backend(backend: type) -> type:
         inner = backend.get_builder_cls()  # type: ignore[attr-defined]
-        names: dict[str, Any] = {"step": runner.step}
+        names: dict[str, Any] = {"step": step}
         builder = type(f"Tree{inner.__name__}", (TreeMetadataBuilder, inner), names)
         names = {"get_builder_cls": staticmethod(lambda: builder)}
         return type(f"Tree{backend.__name__}", (backend,), names)
@@ -272,8 +280,8 @@ def install_tree_attention(runner: "LookaheadModelRunner") -> None:
         layer.attn_backend = tree_backend(layer.attn_backend)
 
 
-def slot_views(runner: "LookaheadModelRunner") -> list[torch.Tensor]:
+def slot_views(layers: dict[str, Attention]) -> list[torch.Tensor]:
     """Each cache as [num_blocks, block_size, num_kv_heads, 2 * head_size]."""
-    layers = attention_layers(runner).values()
-    caches = [x.kv_cache for x in layers if x.kv_sharing_target_layer_name is None]
+    owners = layers.values()
+    caches = [x.kv_cache for x in owners if x.kv_sharing_target_layer_name is None]
     return [cache.transpose(1, 2) for cache in caches]

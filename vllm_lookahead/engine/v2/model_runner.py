@@ -22,20 +22,20 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.shares import tree_budget
 from vllm_lookahead.engine.support import refuse
-from vllm_lookahead.engine.v2.attention import install_tree_attention, slot_views
-from vllm_lookahead.engine.v2.cudagraph import LookaheadCudaGraphManager
-from vllm_lookahead.engine.v2.outputs import AsyncLookaheadOutput, Drafted
-from vllm_lookahead.engine.v2.sampling import (
-    fit_masks,
-    sample_along_trees,
-    uses_history,
+from vllm_lookahead.engine.v2.attention import (
+    attention_layers,
+    install_tree_attention,
+    slot_views,
 )
+from vllm_lookahead.engine.v2.cudagraph import LookaheadCudaGraphManager
+from vllm_lookahead.engine.v2.grammar import fit_masks
+from vllm_lookahead.engine.v2.outputs import AsyncLookaheadOutput, Drafted
+from vllm_lookahead.engine.v2.sampling import TreeSampler, uses_history
 from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.engine.v2.speculator import LookaheadSpeculator
 from vllm_lookahead.engine.v2.step import Plan, TreeStep
@@ -64,9 +64,10 @@ class LookaheadModelRunner(BaseModelRunner):
         self.slots = TreeSlots(self.max_num_reqs, size, device)
         self.step = TreeStep(self.max_num_reqs, self.max_num_tokens, params, device)
         self.ops = TritonOps(params, self.max_num_reqs, device)
-        self.speculator = LookaheadSpeculator(self)
-        self.max_chunk_rows = get_max_chunk_logits(self.vocab_size)
-        self.bigrams: torch.Tensor | None = None
+        self.speculator = LookaheadSpeculator(
+            self, self.step, self.slots, self.ops, params
+        )
+        self.tree_sampler = TreeSampler(self, self.step, self.ops, params.ngram_size)
         self.drafted: Drafted | None = None  # of the step that is sampled
         self.pages: BlockPages
         self.slot_views: list[torch.Tensor]
@@ -87,7 +88,8 @@ class LookaheadModelRunner(BaseModelRunner):
         self._refuse()
         # What follows is sized for trees; what `load_model` sized, for N tokens.
         self.decode_query_len = max(self.decode_query_len, self.lookahead.max_tree_size)
-        install_tree_attention(self)
+        layers = attention_layers(self.vllm_config)
+        install_tree_attention(layers, self.step, self.dtype, self.device)
 
     def _refuse(self) -> None:
         """Raise for what trees do not run with, by name."""
@@ -129,12 +131,13 @@ class LookaheadModelRunner(BaseModelRunner):
         self.pages = BlockPages.allocate(
             self.kv_cache_config.num_blocks, block_size, self.lookahead, self.device
         )
-        self.slot_views = slot_views(self)
+        self.speculator.pages = self.pages
+        self.slot_views = slot_views(attention_layers(self.vllm_config))
 
     def ask_model(self) -> None:
         if self.lookahead.verification_set_size:
             tables = ask_model(self.model, self.vllm_config, self.device)
-            self.bigrams = None if tables is None else tables[0]
+            self.speculator.bigrams = None if tables is None else tables[0]
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
@@ -258,8 +261,8 @@ class LookaheadModelRunner(BaseModelRunner):
             self.main_stream,
             self.output_copy_stream,
         )
-        output, verdict = sample_along_trees(
-            self, hidden_states, input_batch, grammar_output
+        output, verdict = self.tree_sampler.sample(
+            hidden_states, input_batch, grammar_output
         )
         batch = step.plan.batch(
             self.block_tables.input_block_tables[0], step.position[:d], step.root[:d]
@@ -282,6 +285,7 @@ class LookaheadModelRunner(BaseModelRunner):
         # Views keep the K/V cache alive.
         for name in ("slot_views", "pages", "ops"):
             self.__dict__.pop(name, None)
+        vars(self.speculator).pop("pages", None)
         super().shutdown()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -294,7 +298,9 @@ class LookaheadModelRunner(BaseModelRunner):
         super()._dummy_sampler_run(hidden_states)
         # The sampler saw one row per request. A step has more, in two precisions.
         step = self.step
-        rows = min(step.max_rows, max(self.max_chunk_rows, step.rows_per_request))
+        rows = min(
+            step.max_rows, max(self.tree_sampler.max_chunk_rows, step.rows_per_request)
+        )
         index = torch.arange(rows, device=self.device) % hidden_states.shape[0]
         logits = self.model.compute_logits(hidden_states[index])
         torch.empty_like(logits, dtype=torch.float32).copy_(logits).argmax(-1)

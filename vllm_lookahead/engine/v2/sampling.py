@@ -6,29 +6,26 @@ noise by seed and position, so a node draws what plain decoding would draw there
 and the tokens along the accepted path are plain decoding's.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.sampling_params import SamplingParams
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.penalties import use_penalty
-from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
-from vllm_lookahead.core.tree import CANDIDATE, ROOT
 from vllm_lookahead.core.verify import Verdict
-
-if TYPE_CHECKING:
-    from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
+from vllm_lookahead.engine.v2.grammar import apply_grammar, forbid_drafts
+from vllm_lookahead.engine.v2.step import TreeStep
+from vllm_lookahead.triton_kernels.ops import TritonOps
 
 
 def uses_history(
@@ -52,72 +49,182 @@ def uses_history(
     )
 
 
-class _Rows(NamedTuple):
-    """As much of an `InputBatch` as the grammar's worker reads."""
+class TreeSampler:
+    """Samples the steps in which some requests are fed trees.
 
-    req_ids: list[str]
-    cu_num_logits: torch.Tensor
-    cu_num_logits_np: np.ndarray
-    num_draft_tokens_per_req: np.ndarray
-
-
-def sample_along_trees(
-    runner: "LookaheadModelRunner",
-    hidden_states: torch.Tensor,
-    input_batch: InputBatch,
-    grammar_output: GrammarOutput | None,
-) -> tuple[SamplerOutput, Verdict]:
-    """Sample every request of a step in which some were fed trees.
-
-    Args:
-        runner: for its model, sampler, ops and the step's trees.
-        hidden_states: [num_tokens, hidden_size].
-        input_batch: as `TreeStep.feed` left it.
-        grammar_output: bitmasks of the requests with a grammar, whose trees are
-            chains.
-
-    Returns:
-        output: tokens as [B, N] int64, `num_sampled` of them good.
-        verdict: of the trees, the first of the batch.
+    Attributes:
+        runner: vLLM's, for its model, sampler, adapters and grammars.
+        step: the trees.
+        ops: to walk them with.
+        ngram_size: N of the server.
+        max_chunk_rows: most rows of logits at once.
     """
-    plan = runner.step.plan
-    if grammar_output is not None:
-        _forbid_drafts(runner, input_batch, grammar_output)
-    parts = [
-        _sample_requests(runner, hidden_states, input_batch, grammar_output, first, end)
-        for first, end in request_chunks(plan, runner.max_chunk_rows)
-    ]
-    verdict, logprobs, num_nans = parts[0]
-    if len(parts) > 1:
-        verdicts, all_logprobs, all_nans = zip(*parts, strict=True)
-        verdict = Verdict(
-            torch.cat([v.tokens for v in verdicts]),
-            torch.cat([v.path for v in verdicts]),
-            torch.cat([v.num_emitted for v in verdicts]),
-        )
-        if logprobs is not None:
-            count = plan.num_requests * verdict.path.shape[1] + 1
-            cu_tokens = list(range(0, count, verdict.path.shape[1]))
-            logprobs = LogprobsTensors.cat(all_logprobs, cu_tokens)
-        if num_nans is not None:
-            num_nans = torch.cat(all_nans)
 
-    # Copies: the next step's verdict is written where this one is, while this one
-    # may still be on its way to the host.
-    num_sampled, num_rejected = get_num_sampled_and_rejected(
-        verdict.num_emitted.clone(),
-        input_batch.seq_lens,
-        plan.cu_fed,
-        input_batch.idx_mapping,
-        runner.req_states.prefill_len.gpu,
-    )
-    output = SamplerOutput(
-        verdict.tokens.long(), logprobs, num_nans, num_sampled, num_rejected
-    )
-    d = plan.num_trees
-    return output, Verdict(
-        verdict.tokens[:d], verdict.path[:d], verdict.num_emitted[:d]
-    )
+    def __init__(
+        self, runner: GPUModelRunner, step: TreeStep, ops: TritonOps, ngram_size: int
+    ) -> None:
+        self.runner: Any = runner
+        self.step, self.ops, self.ngram_size = step, ops, ngram_size
+        self.max_chunk_rows = get_max_chunk_logits(runner.vocab_size)
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, Verdict]:
+        """Sample every request of the step.
+
+        Args:
+            hidden_states: [num_tokens, hidden_size].
+            input_batch: as `TreeStep.feed` left it.
+            grammar_output: bitmasks of the requests with a grammar, whose trees are
+                chains.
+
+        Returns:
+            output: tokens as [B, N] int64, `num_sampled` of them good.
+            verdict: of the trees, the first of the batch.
+        """
+        plan = self.step.plan
+        if grammar_output is not None:
+            kinds = self.step.rows(input_batch.num_reqs).kinds
+            forbid_drafts(kinds, input_batch, grammar_output)
+        parts = [
+            self._sample_requests(
+                hidden_states, input_batch, grammar_output, first, end
+            )
+            for first, end in request_chunks(plan, self.max_chunk_rows)
+        ]
+        verdict, logprobs, num_nans = parts[0]
+        if len(parts) > 1:
+            verdicts, all_logprobs, all_nans = zip(*parts, strict=True)
+            verdict = Verdict(
+                torch.cat([v.tokens for v in verdicts]),
+                torch.cat([v.path for v in verdicts]),
+                torch.cat([v.num_emitted for v in verdicts]),
+            )
+            if logprobs is not None:
+                count = plan.num_requests * verdict.path.shape[1] + 1
+                cu_tokens = list(range(0, count, verdict.path.shape[1]))
+                logprobs = LogprobsTensors.cat(all_logprobs, cu_tokens)
+            if num_nans is not None:
+                num_nans = torch.cat(all_nans)
+
+        # Copies: the next step's verdict is written where this one is, while this one
+        # may still be on its way to the host.
+        num_sampled, num_rejected = get_num_sampled_and_rejected(
+            verdict.num_emitted.clone(),
+            input_batch.seq_lens,
+            plan.cu_fed,
+            input_batch.idx_mapping,
+            self.runner.req_states.prefill_len.gpu,
+        )
+        output = SamplerOutput(
+            verdict.tokens.long(), logprobs, num_nans, num_sampled, num_rejected
+        )
+        d = plan.num_trees
+        return output, Verdict(
+            verdict.tokens[:d], verdict.path[:d], verdict.num_emitted[:d]
+        )
+
+    def _sample_requests(
+        self,
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+        first: int,
+        end: int,
+    ) -> tuple[Verdict, LogprobsTensors | None, torch.Tensor | None]:
+        """The verdict of requests first..end-1, good until the next one."""
+        step, sampler = self.step, self.runner.sampler
+        plan = step.plan
+        lo, hi = (int(plan.cu_verified_np[i]) for i in (first, end))
+        window_lo, window_hi = (int(plan.cu_window_np[i]) for i in (first, end))
+        verified, window = slice(lo, hi), slice(window_lo, window_hi)
+        at = step.row_token[verified]
+        cu_rows = plan.cu_verified[first : end + 1]
+        if lo:
+            cu_rows = cu_rows - lo
+        if hi == window_lo:  # of one chunk the rows lie together
+            rows = step.row_token[lo:window_hi]
+        else:
+            rows = torch.cat([at, step.row_token[window]])
+        if self.runner.lora_config:
+            self._map_adapters(input_batch, first, end)
+        logits = self.runner.model.compute_logits(
+            hidden_states[rows]
+        )  # [rows, vocab_size]
+        num_rows = hi - lo
+        if window_hi > window_lo:
+            refill = logits[num_rows:].argmax(-1)
+            step.sampled.index_copy_(0, step.row_node[window], refill)
+            logits = logits[:num_rows]
+        if grammar_output is not None:
+            apply_grammar(
+                self.runner.structured_outputs_worker,
+                logits,
+                input_batch,
+                grammar_output,
+                first,
+                end,
+                cu_rows,
+            )
+
+        idx_mapping_np = input_batch.idx_mapping_np[first:end]
+        logprobs_dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        num_nans = None
+        if sampler.compute_nans:
+            num_nans = get_num_nans(logits)[cu_rows[:-1].long()]
+        sampled, processed = sampler.sample(
+            logits,
+            step.row_slot[verified],
+            input_batch.idx_mapping[first:end],
+            idx_mapping_np,
+            input_batch.positions[at],
+            input_batch.input_ids[at],
+            step.row_local[verified],
+            input_batch.seq_lens_cpu_upper_bound.numpy()[first:end],
+            return_logprobs=logprobs_dims is not None,
+        )
+        step.sampled.index_copy_(0, step.row_node[verified], sampled)
+        verdict = self.ops.verify(
+            step.rows(end, first),
+            step.sampled_rows(end, first),
+            self.ngram_size,
+        )
+        logprobs = None
+        if logprobs_dims is not None:
+            if sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+                logits = processed
+            logprobs = _path_logprobs(
+                sampler,
+                logits,
+                verdict,
+                cu_rows,
+                input_batch,
+                logprobs_dims,
+                first,
+                end,
+            )
+        if end - first < plan.num_requests:
+            verdict = Verdict(
+                verdict.tokens.clone(),
+                verdict.path.clone(),
+                verdict.num_emitted.clone(),
+            )
+        return verdict, logprobs, num_nans
+
+    def _map_adapters(self, input_batch: InputBatch, first: int, end: int) -> None:
+        """Tell the head which LoRA adapter each row has: vLLM maps one a request."""
+        plan, state = self.step.plan, self.runner.lora_state
+        ids = state.lora_ids[input_batch.idx_mapping_np]
+        counts = plan.cu_verified_np, plan.cu_window_np
+        by_row = [ids[first:end].repeat(np.diff(cu[first : end + 1])) for cu in counts]
+        self.runner._set_active_loras(
+            tuple(np.concatenate(by_row)),
+            tuple(ids.repeat(input_batch.num_scheduled_tokens)),
+            state.get_activate_loras(input_batch.req_ids),
+        )
 
 
 def request_chunks(plan: Any, max_rows: int) -> list[tuple[int, int]]:
@@ -129,90 +236,6 @@ def request_chunks(plan: Any, max_rows: int) -> list[tuple[int, int]]:
         chunks.append((first, max(end, first + 1)))
         first = chunks[-1][1]
     return chunks
-
-
-def _sample_requests(
-    runner: "LookaheadModelRunner",
-    hidden_states: torch.Tensor,
-    input_batch: InputBatch,
-    grammar_output: GrammarOutput | None,
-    first: int,
-    end: int,
-) -> tuple[Verdict, LogprobsTensors | None, torch.Tensor | None]:
-    """The verdict of requests first..end-1, good until the next one."""
-    step, sampler = runner.step, runner.sampler
-    plan = step.plan
-    lo, hi = (int(plan.cu_verified_np[i]) for i in (first, end))
-    window_lo, window_hi = (int(plan.cu_window_np[i]) for i in (first, end))
-    verified, window = slice(lo, hi), slice(window_lo, window_hi)
-    at = step.row_token[verified]
-    cu_rows = plan.cu_verified[first : end + 1]
-    if lo:
-        cu_rows = cu_rows - lo
-    if hi == window_lo:  # of one chunk the rows lie together
-        rows = step.row_token[lo:window_hi]
-    else:
-        rows = torch.cat([at, step.row_token[window]])
-    if runner.lora_config:
-        _map_adapters(runner, input_batch, first, end)
-    logits = runner.model.compute_logits(hidden_states[rows])  # [rows, vocab_size]
-    num_rows = hi - lo
-    if window_hi > window_lo:
-        refill = logits[num_rows:].argmax(-1)
-        step.sampled.index_copy_(0, step.row_node[window], refill)
-        logits = logits[:num_rows]
-    if grammar_output is not None:
-        _apply_grammar(runner, logits, input_batch, grammar_output, first, end, cu_rows)
-
-    idx_mapping_np = input_batch.idx_mapping_np[first:end]
-    logprobs_dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
-    num_nans = None
-    if sampler.compute_nans:
-        num_nans = get_num_nans(logits)[cu_rows[:-1].long()]
-    sampled, processed = sampler.sample(
-        logits,
-        step.row_slot[verified],
-        input_batch.idx_mapping[first:end],
-        idx_mapping_np,
-        input_batch.positions[at],
-        input_batch.input_ids[at],
-        step.row_local[verified],
-        input_batch.seq_lens_cpu_upper_bound.numpy()[first:end],
-        return_logprobs=logprobs_dims is not None,
-    )
-    step.sampled.index_copy_(0, step.row_node[verified], sampled)
-    verdict = runner.ops.verify(
-        step.rows(end, first),
-        step.sampled_rows(end, first),
-        runner.lookahead.ngram_size,
-    )
-    logprobs = None
-    if logprobs_dims is not None:
-        if sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
-            logits = processed
-        logprobs = _path_logprobs(
-            sampler, logits, verdict, cu_rows, input_batch, logprobs_dims, first, end
-        )
-    if end - first < plan.num_requests:
-        verdict = Verdict(
-            verdict.tokens.clone(), verdict.path.clone(), verdict.num_emitted.clone()
-        )
-    return verdict, logprobs, num_nans
-
-
-def _map_adapters(
-    runner: "LookaheadModelRunner", input_batch: InputBatch, first: int, end: int
-) -> None:
-    """Tell the head which LoRA adapter each logits row has: vLLM maps one a request."""
-    plan, state = runner.step.plan, runner.lora_state
-    ids = state.lora_ids[input_batch.idx_mapping_np]
-    counts = plan.cu_verified_np, plan.cu_window_np
-    by_row = [ids[first:end].repeat(np.diff(cu[first : end + 1])) for cu in counts]
-    runner._set_active_loras(
-        tuple(np.concatenate(by_row)),
-        tuple(ids.repeat(input_batch.num_scheduled_tokens)),
-        state.get_activate_loras(input_batch.req_ids),
-    )
 
 
 def _path_logprobs(
@@ -241,83 +264,3 @@ def _path_logprobs(
         max_per_req_token_ids=max_token_ids,
         logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
     )
-
-
-def _forbid_drafts(
-    runner: "LookaheadModelRunner",
-    input_batch: InputBatch,
-    grammar_output: GrammarOutput,
-) -> None:
-    """Drafts beyond what the grammar accepts come with a mask that allows all."""
-    acceptable = grammar_output.num_acceptable_drafts
-    if acceptable is None:
-        acceptable = [0] * len(grammar_output.structured_output_request_ids)
-    limits = dict(
-        zip(grammar_output.structured_output_request_ids, acceptable, strict=True)
-    )
-    most = np.iinfo(np.int32).max
-    limit = np.array([limits.get(r, most) for r in input_batch.req_ids], dtype=np.int32)
-    kinds = runner.step.rows(input_batch.num_reqs).kinds
-    limit = async_tensor_h2d(limit, device=kinds.device)
-    node = torch.arange(kinds.shape[1], dtype=torch.int32, device=kinds.device)
-    kinds.masked_fill_((node > limit[:, None]) & (kinds == CANDIDATE), ROOT)
-
-
-def _apply_grammar(
-    runner: "LookaheadModelRunner",
-    logits: torch.Tensor,
-    input_batch: InputBatch,
-    grammar_output: GrammarOutput,
-    first: int,
-    end: int,
-    cu_rows: torch.Tensor,
-) -> None:
-    """Mask the logits of requests first..end-1, in place."""
-    ids = grammar_output.structured_output_request_ids
-    req_ids = input_batch.req_ids[first:end]
-    inside = set(req_ids)
-    chosen = [i for i, r in enumerate(ids) if r in inside]
-    if not chosen:
-        return
-    drafts = input_batch.num_draft_tokens_per_req
-    of_request = dict(zip(input_batch.req_ids, drafts + 1, strict=True))
-    worker = runner.structured_outputs_worker
-    starts = mask_starts(worker, [of_request[r] for r in ids])
-    masks = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
-    worker.apply_grammar_bitmask(
-        logits,
-        _Rows(req_ids, cu_rows, input_batch.cu_num_logits_np, drafts[first:end]),
-        [ids[i] for i in chosen],
-        grammar_output.grammar_bitmask[masks],
-    )
-
-
-def mask_starts(worker: StructuredOutputsWorker, counts: Sequence[int]) -> np.ndarray:
-    """Where each grammar request's rows begin in the scheduler's bitmask.
-
-    Args:
-        worker: vLLM's. That of 0.33 gives every request `mask_stride` rows, that of
-            0.32, which knows of bonus tokens, as many as it has scheduled tokens.
-        counts: scheduled tokens of each request, drafts and one.
-
-    Returns:
-        [len(counts) + 1] int64, the last one the number of all rows.
-    """
-    if not hasattr(worker, "num_bonus_tokens"):
-        counts = [worker.mask_stride] * len(counts)
-    return np.cumsum([0, *counts])
-
-
-def fit_masks(
-    worker: StructuredOutputsWorker, grammar_output: GrammarOutput
-) -> GrammarOutput:
-    """The rows of bitmask that vLLM 0.33's worker has room for.
-
-    They are `mask_stride` a request. vLLM's warm-up sends as many as a request may
-    have tokens in a step, which of a tree are more.
-    """
-    if hasattr(worker, "num_bonus_tokens"):
-        return grammar_output
-    rows = len(grammar_output.structured_output_request_ids) * worker.mask_stride
-    bitmask = grammar_output.grammar_bitmask[:rows]
-    return replace(grammar_output, grammar_bitmask=bitmask)

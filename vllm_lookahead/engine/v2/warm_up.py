@@ -28,7 +28,7 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
     runner.ops.warm_up(runner.pages, table, runner.slot_views)
     runner.step.warm_up(runner.slots, runner.speculator.drafts[:1])
     seen = set()
-    for layer in attention_layers(runner).values():
+    for layer in attention_layers(runner.vllm_config).values():
         sizes = layer.num_heads, layer.num_kv_heads, layer.head_size
         geometry = (*sizes, layer.kv_cache.stride(), layer.impl.logits_soft_cap)
         if geometry not in seen:
