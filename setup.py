@@ -33,7 +33,15 @@ setup(
         "ray": ["ray[default]>=2.48"],
         "xformers": ["xformers"],
         "bench": ["arctic-inference==0.1.1", "matplotlib"],
-        "dev": ["hypothesis", "mypy", "openai", "pytest", "ruff", "setuptools>=77"],
+        "dev": [
+            "hypothesis",
+            "import-linter>=2.17",
+            "mypy",
+            "openai",
+            "pytest",
+            "ruff",
+            "setuptools>=77",
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",
