@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Complete the pool's chains from the model's bigrams.
 
-Oracle: `core.draft.bigrams.complete`. One program per request, one lane per chain, one
-dependent load per depth.
+Reference: `core.draft.bigrams.complete`. One program per request, one lane per chain,
+one dependent load per depth.
 """
 
 import torch

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who sees whom in a draft tree, and where each node stands.
 
-Oracle: `DraftTree.ancestors`, packed; position p + depth.
+Reference: `core.mask`, packed; position p + depth.
 """
 
 import torch

@@ -8,12 +8,16 @@ from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels import bigrams as bigram_kernels
 from vllm_lookahead.triton_kernels import (
-    bigrams as bigram_kernels,
+    chains,
+    compact,
+    mask,
+    pool,
+    update,
+    verify,
+    write,
 )
-from vllm_lookahead.triton_kernels import compaction, mask, pool, verify, window
-from vllm_lookahead.triton_kernels import pages as pages_kernels
-from vllm_lookahead.triton_kernels import tree as tree_kernels
 
 
 class TritonOps:
@@ -43,10 +47,10 @@ class TritonOps:
         self._tree = [*columns, empty()]  # the fields of `DraftTree`
         self._emitted, self._path, self._num_emitted = empty(n), empty(n), empty()
         self._caches: list[torch.Tensor] = []
-        self._groups: list[compaction.LayerCaches] = []
+        self._groups: list[compact.LayerCaches] = []
 
-    write_tokens = staticmethod(pages_kernels.write_tokens)
-    update = staticmethod(window.update)
+    write_tokens = staticmethod(write.write_tokens)
+    update = staticmethod(update.update)
 
     def propose(
         self,
@@ -65,7 +69,7 @@ class TritonOps:
         if bigrams is not None:
             bigram_kernels.complete(candidates, batch, bigrams)
         tree = DraftTree(*(column[:b] for column in self._tree))
-        tree_kernels.build_tree(pages, batch, candidates, tree)
+        chains.build_tree(pages, batch, candidates, tree)
         return tree
 
     def verify(
@@ -85,11 +89,11 @@ class TritonOps:
         verdict: Verdict,
         block_size: int,
     ) -> None:
-        """As the oracle's. A list other than the last one costs a copy to the GPU."""
+        """As `core.compact`. Caches other than the last ones cost a copy to the GPU."""
         if caches is not self._caches:
-            self._caches, self._groups = caches, compaction.LayerCaches.group(caches)
+            self._caches, self._groups = caches, compact.LayerCaches.group(caches)
         for group in self._groups:
-            compaction.compact(group, batch, verdict, block_size)
+            compact.compact(group, batch, verdict, block_size)
 
     def warm_up(
         self,

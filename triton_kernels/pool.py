@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look up the n-gram pool.
 
-Oracle: `core.draft.pool.lookup`. Two launches: the context is cut into splits that scan
+Reference: `core.draft.pool`. Two launches: the context is cut into splits that scan
 it side by side, then one program per request ranks what they found.
 
 An entry is numbered by age as block * ENTRIES + column, where a block's columns
@@ -19,15 +19,15 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft import pool as oracle
+from vllm_lookahead.core.draft import pool as reference
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.triton_kernels.checks import Checked, expect, expect_batch
 from vllm_lookahead.triton_kernels.jit import jit
 from vllm_lookahead.triton_kernels.pages import NO_TOKEN, expect_pages, load_slot
 
-MAX_CONTEXT = tl.constexpr(oracle.MAX_CONTEXT)
-CLASSES = tl.constexpr(oracle.MAX_CONTEXT + 1)
-BLOCK_CLASSES = tl.constexpr(triton.next_power_of_2(oracle.MAX_CONTEXT + 1))
+MAX_CONTEXT = tl.constexpr(reference.MAX_CONTEXT)
+CLASSES = tl.constexpr(reference.MAX_CONTEXT + 1)
+BLOCK_CLASSES = tl.constexpr(triton.next_power_of_2(reference.MAX_CONTEXT + 1))
 
 _checked = Checked()
 
@@ -81,8 +81,8 @@ class LookupScratch:
         programs = max(
             _MIN_SPLITS * max_num_reqs, min(_MAX_PROGRAMS, _MAX_SPLITS * max_num_reqs)
         )
-        listed = max_candidates * oracle.ENTRIES_PER_CANDIDATE
-        classes = oracle.MAX_CONTEXT + 1
+        listed = max_candidates * reference.ENTRIES_PER_CANDIDATE
+        classes = reference.MAX_CONTEXT + 1
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
@@ -312,15 +312,15 @@ def lookup(
     """
     b, g = batch.block_table.shape[0], candidates.shape[1]
     num_values, ring_size = pages.window.shape[1], pages.ring.shape[1]
-    listed = g * oracle.ENTRIES_PER_CANDIDATE
+    listed = g * reference.ENTRIES_PER_CANDIDATE
     given = vars(pages).values(), vars(batch).values(), vars(scratch).values()
     tensors = *itertools.chain(*given), candidates
     if tensors not in _checked:
         expect_batch(batch)
         expect_pages(pages)
         expect("candidates", candidates, (b, g, num_values))
-        expect("scratch.found", scratch.found, (-1, oracle.MAX_CONTEXT + 1, listed))
-        expect("scratch.count", scratch.count, (-1, oracle.MAX_CONTEXT + 1))
+        expect("scratch.found", scratch.found, (-1, reference.MAX_CONTEXT + 1, listed))
+        expect("scratch.count", scratch.count, (-1, reference.MAX_CONTEXT + 1))
         _checked.add(tensors)
     if not b or not g:
         return

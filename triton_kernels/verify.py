@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample and match: walk each tree while a candidate carries the token sampled.
 
-Oracle: `core.verify.verify`.
+Reference: `core.verify`.
 """
 
 import torch

@@ -186,7 +186,7 @@ def random_caches(num_blocks: int, block_size: int) -> list[torch.Tensor]:
 
 def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) -> int:
     """Each op alone, on ReferenceOps' inputs. Returns the most tokens emitted."""
-    oracle, size = ReferenceOps(), state.pages.block_size
+    reference, size = ReferenceOps(), state.pages.block_size
     torch.manual_seed(seed)
     total = len(state.pages.tokens)
 
@@ -194,14 +194,14 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
     slots[::5] = -1
     values = torch.randint(0, vocab, slots.shape)
     written = [clone_pages(state.pages) for _ in range(2)]
-    oracle.write_tokens(written[0], slots, values)
+    reference.write_tokens(written[0], slots, values)
     other.write_tokens(written[1], slots, values)
     assert_same_pages(*written)
 
     before = clone_pages(state.pages)
     batch = copy.deepcopy(state.batch)
     for bigrams in (None, random_bigrams(vocab)):
-        tree = oracle.propose(state.pages, state.batch, state.g, bigrams)
+        tree = reference.propose(state.pages, state.batch, state.g, bigrams)
         again = other.propose(state.pages, batch, state.g, bigrams)
         assert_same_trees(tree, again)
     assert_same_pages(state.pages, before)
@@ -209,18 +209,18 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
         assert torch.equal(getattr(batch, f.name), getattr(state.batch, f.name))
 
     sampled = random_samples(tree, vocab, seed)
-    verdict = oracle.verify(tree, sampled, state.n)
+    verdict = reference.verify(tree, sampled, state.n)
     assert_same_verdicts(verdict, other.verify(tree, sampled, state.n))
 
     caches = random_caches(total, size)
     copies = [cache.clone() for cache in caches]
-    oracle.compact(copies, state.batch, verdict, size)
+    reference.compact(copies, state.batch, verdict, size)
     other.compact(caches, state.batch, verdict, size)
     for one, two in zip(copies, caches, strict=True):
         assert torch.equal(one, two)
 
     updated = [clone_pages(state.pages) for _ in range(2)]
-    oracle.update(updated[0], state.batch, tree, sampled, verdict)
+    reference.update(updated[0], state.batch, tree, sampled, verdict)
     other.update(updated[1], state.batch, tree, sampled, verdict)
     assert_same_pages(*updated)
     return int(verdict.num_emitted.max())

@@ -11,7 +11,7 @@ from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
-from vllm_lookahead.triton_kernels.compaction import LayerCaches, compact
+from vllm_lookahead.triton_kernels.compact import LayerCaches, compact
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 from vllm_lookahead.triton_kernels.slots import (

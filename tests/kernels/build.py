@@ -125,4 +125,4 @@ class AnySizeTritonOps(TritonOps):
         return super().verify(tree, sampled, max_emitted)
 
 
-ORACLE = ReferenceOps()
+REFERENCE = ReferenceOps()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention against its oracle, on shapes that are hard to get right."""
+"""Tree attention against its reference, on shapes that are hard to get right."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -267,7 +267,7 @@ def test_merged_with_a_context_part(nothing):
     case.compare(out, case.reference(softcap=30.0)[0])
 
 
-def test_the_oracle_of_each_part_merges_to_the_whole():
+def test_the_reference_of_each_part_merges_to_the_whole():
     case = make_case([4, 2], [20, 0])
     whole, lse = case.reference()
     parts = [case.reference(see_tree=False), case.reference(see_context=False)]

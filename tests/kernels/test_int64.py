@@ -16,7 +16,7 @@ from tests.core.equivalence import (
     random_samples,
     random_state,
 )
-from tests.kernels.build import ORACLE, AnySizeTritonOps
+from tests.kernels.build import REFERENCE, AnySizeTritonOps
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.verify import Verdict
 
@@ -65,16 +65,16 @@ def test_pages(lend):
 
     slots, tokens = torch.arange(20, 100), torch.arange(80)
     before = clone_pages(near)
-    ORACLE.write_tokens(near, slots, tokens)
+    REFERENCE.write_tokens(near, slots, tokens)
     ops.write_tokens(far, slots + first * 32, tokens)
     assert not torch.equal(near.tokens, before.tokens)
     assert_same()
 
-    tree = ORACLE.propose(near, state.batch, state.g)
+    tree = REFERENCE.propose(near, state.batch, state.g)
     assert_same_trees(tree, ops.propose(far, far_batch, state.g))
     sampled = random_samples(tree, shape.vocab, 0)
-    verdict = ORACLE.verify(tree, sampled, shape.n)
-    ORACLE.update(near, state.batch, tree, sampled, verdict)
+    verdict = REFERENCE.verify(tree, sampled, shape.n)
+    REFERENCE.update(near, state.batch, tree, sampled, verdict)
     ops.update(far, far_batch, tree, sampled, verdict)
     assert_same()
 
@@ -92,7 +92,7 @@ def test_compaction(lend, layout):
     path = ints([[0, 3, 9, 11, -1]])
     verdict = Verdict(path, path, ints([4]))
     batch = make_batch([Row([2, 0, 3], 6, 0)])
-    ORACLE.compact([near], batch, verdict, 8)
+    REFERENCE.compact([near], batch, verdict, 8)
     batch.block_table += first
     AnySizeTritonOps().compact([cache], batch, verdict, 8)
     assert torch.equal(cache[first:], near)

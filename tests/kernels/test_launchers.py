@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.core.equivalence import Shape, State, random_state
-from tests.kernels.build import ORACLE, AnySizeTritonOps, poisoned
+from tests.kernels.build import REFERENCE, AnySizeTritonOps, poisoned
 from vllm_lookahead.triton_kernels import checks
 from vllm_lookahead.triton_kernels import verify as verify_kernels
 from vllm_lookahead.triton_kernels.mask import build_mask
-from vllm_lookahead.triton_kernels.pages import write_tokens
 from vllm_lookahead.triton_kernels.verify import verify
+from vllm_lookahead.triton_kernels.write import write_tokens
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def test_slots_and_tokens(state):
 
 
 def test_trees_and_what_is_written(state):
-    tree = ORACLE.propose(state.pages, state.batch, state.g)
+    tree = REFERENCE.propose(state.pages, state.batch, state.g)
     b, t = tree.tokens.shape
-    verdict = ORACLE.verify(tree, tree.tokens, 4)
+    verdict = REFERENCE.verify(tree, tree.tokens, 4)
     apart = replace(verdict, path=rows_apart(verdict.path))
     with pytest.raises(ValueError, match=r"^verdict.path is .* strides \(5, 1\)"):
         verify(tree, tree.tokens, apart)
@@ -101,8 +101,8 @@ def test_a_configuration_is_checked_once(state, monkeypatch):
 
     monkeypatch.setattr(verify_kernels, "expect", expect)
     monkeypatch.setattr(verify_kernels, "_checked", checks.Checked())
-    tree = ORACLE.propose(state.pages, state.batch, state.g)
-    verdict = ORACLE.verify(tree, tree.tokens, 4)
+    tree = REFERENCE.propose(state.pages, state.batch, state.g)
+    verdict = REFERENCE.verify(tree, tree.tokens, 4)
     sampled = tree.tokens.contiguous()
     verify(tree, sampled, verdict)
     assert asked

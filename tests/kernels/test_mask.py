@@ -76,7 +76,7 @@ def test_other_tokens_of_the_flat_batch_stay_as_they_are():
 
 
 def test_rows_of_a_larger_buffer():
-    """A tree's columns may be a slice: rows apart, as the oracle makes them."""
+    """A tree's columns may be a slice: rows apart, as the reference makes them."""
     tree = random_trees([6, 4], 9, 3, seed=2)
     narrow = DraftTree(
         *(getattr(tree, name)[:, :6] for name in COLUMNS),

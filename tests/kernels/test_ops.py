@@ -14,7 +14,7 @@ from tests.core.equivalence import (
     random_state,
     run_steps,
 )
-from tests.kernels.build import ORACLE, AnySizeTritonOps, poisoned
+from tests.kernels.build import REFERENCE, AnySizeTritonOps, poisoned
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -45,7 +45,7 @@ def test_steps_one_after_another(name):
     own = replace(state, pages=clone_pages(state.pages))
     params = LookaheadParams(shape.w, shape.n, shape.g)
     ops = TritonOps(params, shape.batch + 1, state.pages.tokens.device)
-    run_steps(ORACLE, state, shape.vocab, 0)
+    run_steps(REFERENCE, state, shape.vocab, 0)
     run_steps(ops, own, shape.vocab, 0)
     assert_same_pages(state.pages, own.pages)
 

@@ -15,12 +15,12 @@ from tests.core.build import (
 )
 from tests.core.equivalence import Shape, assert_same_pages, random_state
 from tests.core.test_pool import request as request_of
-from tests.kernels.build import ORACLE, POISON, poison_table, poisoned
+from tests.kernels.build import POISON, REFERENCE, poison_table, poisoned
 from vllm_lookahead.core.draft import pool as reference
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.triton_kernels import pool
-from vllm_lookahead.triton_kernels.pages import write_tokens
 from vllm_lookahead.triton_kernels.pool import LookupScratch, lookup
+from vllm_lookahead.triton_kernels.write import write_tokens
 
 
 def look_up(pages, batch, g, splits=None):
@@ -168,7 +168,7 @@ def test_no_entry_is_in_two_splits(splits):
         Shape(4, 4, 4, empty_pool=True, vocab=50),
     ],
 )
-def test_same_as_the_oracle(shape):
+def test_same_as_the_reference(shape):
     for seed in range(3):
         state = random_state(shape, seed)
         assert_same_lookup(state.pages, state.batch, state.g)
@@ -195,7 +195,7 @@ def test_write_tokens(n, w):
     slots[1::3] = -1
     tokens = torch.randint(0, 1000, (n,), dtype=torch.int32)
     expected = clone_pages(pages)
-    ORACLE.write_tokens(expected, slots, tokens)
+    REFERENCE.write_tokens(expected, slots, tokens)
     write_tokens(pages, slots, tokens)
     assert_same_pages(pages, expected)
     if n:

@@ -11,7 +11,13 @@ from tests.core.equivalence import (
     random_samples,
     random_state,
 )
-from tests.kernels.build import ORACLE, POISON, poison_padding, poisoned, random_trees
+from tests.kernels.build import (
+    POISON,
+    REFERENCE,
+    poison_padding,
+    poisoned,
+    random_trees,
+)
 from vllm_lookahead.core.tree import CANDIDATE, ROOT
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.triton_kernels.verify import verify
@@ -33,12 +39,12 @@ def empty_verdict(b: int, n: int) -> Verdict:
         Shape(2, 16, 3, vocab=2, same_sizes=True),
     ],
 )
-def test_same_as_the_oracle(shape, dtype):
+def test_same_as_the_reference(shape, dtype):
     state = random_state(shape, seed=1)
-    tree = ORACLE.propose(state.pages, state.batch, state.g)
+    tree = REFERENCE.propose(state.pages, state.batch, state.g)
     for seed in range(4):
         sampled = random_samples(tree, shape.vocab, seed).to(dtype)
-        expected = ORACLE.verify(tree, sampled, shape.n)
+        expected = REFERENCE.verify(tree, sampled, shape.n)
         verdict = empty_verdict(shape.batch, shape.n)
         verify(poison_padding(tree), sampled, verdict)
         assert_same_verdicts(verdict, expected)

@@ -293,7 +293,7 @@ class TreeRows:
         num_nodes: [b] int32.
         position: [b] int32, p of each, also the slots before the tree.
         block_table: [b, max_blocks] int32, physical block of each logical one.
-        sees: [b, T, T] bool, as `DraftTree.ancestors`.
+        sees: [b, T, T] bool, as `core.mask.ancestors`.
         depths: [b, T] int32.
         covers_batch: whether the batch has no other rows.
     """

@@ -207,7 +207,7 @@ def _estimate(
             at = count
             tokens[at], chances[at] = seen[0, i], unlisted
             count += 1
-        # In the oracle's order, for equal sums.
+        # In the reference's order, for equal sums.
         chances[at] += of_agreement * seen[1, i]
         if seen[0, i] == latest:
             chances[at] += of_latest

@@ -25,7 +25,7 @@ def _ancestors_kernel(
 
 
 def ancestors(tree: DraftTree) -> np.ndarray:
-    """`DraftTree.ancestors`."""
+    """`core.mask.ancestors`."""
     batch, size = tree.parents.shape
     sees = np.empty((batch, size, size), np.bool_)
     _ancestors_kernel(array(tree.parents, torch.int32), sees)

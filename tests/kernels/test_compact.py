@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.core.build import Row, ints, make_batch
-from tests.kernels.build import ORACLE, POISON
+from tests.kernels.build import POISON, REFERENCE
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.triton_kernels.compaction import LayerCaches, compact
+from vllm_lookahead.triton_kernels.compact import LayerCaches, compact
 
 # Name: a cache of [num_blocks, block_size, heads, width] from its storage.
 LAYOUTS = {
@@ -58,7 +58,7 @@ def three_requests() -> tuple[RequestBatch, Verdict]:
 
 def assert_same_compaction(views, groups, batch, verdict, block_size):
     expected = [bits_of(view).view(*view.shape[:3], -1).clone() for view in views]
-    ORACLE.compact(expected, batch, verdict, block_size)
+    REFERENCE.compact(expected, batch, verdict, block_size)
     for group in groups:
         compact(group, batch, verdict, block_size)
     for view, right in zip(views, expected, strict=True):
@@ -116,7 +116,7 @@ def test_blocks_of_the_table_hold_several_of_the_cache():
     batch, verdict = three_requests()
     views = [random_bits((18, 4, 2, 16), torch.bfloat16)]
     expected = bits_of(views[0]).view(9, 8, -1).clone()
-    ORACLE.compact([expected], batch, verdict, 8)
+    REFERENCE.compact([expected], batch, verdict, 8)
     (group,) = LayerCaches.group(views)
     compact(group, batch, verdict, 8)
     assert torch.equal(bits_of(views[0]).view(9, 8, -1), expected)

@@ -10,7 +10,7 @@ from vllm_lookahead.core.draft.pool import until_empty
 from vllm_lookahead.core.draft.window import add_window, read_window
 from vllm_lookahead.core.tree import ROOT, DraftTree
 from vllm_lookahead.params import LookaheadParams
-from vllm_lookahead.triton_kernels.tree import build_tree
+from vllm_lookahead.triton_kernels.chains import build_tree
 
 
 def empty_tree(b: int, t: int) -> DraftTree:
@@ -48,7 +48,7 @@ def reference(pages, batch, candidates, size):
         Shape(20, 3, 4, block_size=8, holes=True),
     ],
 )
-def test_same_as_the_oracle(shape):
+def test_same_as_the_reference(shape):
     params = LookaheadParams(shape.w, shape.n, shape.g)
     for seed in range(3):
         state = random_state(shape, seed)

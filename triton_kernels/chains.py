@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the draft trees: root, merged candidates, window.
 
-Oracle: `core.tree.build_tree` of `core.draft.window.read_window`.
+Reference: `core.draft.chains.merge` and `core.draft.window`.
 """
 
 import itertools

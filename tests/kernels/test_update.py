@@ -12,15 +12,15 @@ from tests.core.equivalence import (
     random_state,
 )
 from tests.kernels.build import (
-    ORACLE,
     POISON,
+    REFERENCE,
     poison_padding,
     poison_table,
     poisoned,
 )
 from tests.kernels.test_verify import empty_verdict
 from vllm_lookahead.core.tree import WINDOW
-from vllm_lookahead.triton_kernels.window import update
+from vllm_lookahead.triton_kernels.update import update
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ from vllm_lookahead.triton_kernels.window import update
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_same_as_the_oracle(shape, dtype):
+def test_same_as_the_reference(shape, dtype):
     """Emitted tokens cross blocks; rings turn over; windows are cut or absent."""
     for seed in range(3):
         state = random_state(shape, seed)
-        tree = ORACLE.propose(state.pages, state.batch, state.g)
+        tree = REFERENCE.propose(state.pages, state.batch, state.g)
         sampled = random_samples(tree, shape.vocab, seed).to(dtype)
-        verdict = ORACLE.verify(tree, sampled, shape.n)
+        verdict = REFERENCE.verify(tree, sampled, shape.n)
         expected = clone_pages(state.pages)
-        ORACLE.update(expected, state.batch, tree, sampled, verdict)
+        REFERENCE.update(expected, state.batch, tree, sampled, verdict)
 
         batch = poison_table(state.batch, shape.block_size, ahead=shape.n - 1)
         verdict.tokens.masked_fill_(verdict.tokens == -1, POISON)
@@ -56,14 +56,14 @@ def test_same_as_the_oracle(shape, dtype):
 
 def test_a_window_that_was_cut_is_kept():
     state = random_state(Shape(4, 4, 2, batch=2, same_sizes=True), seed=0)
-    tree = ORACLE.propose(state.pages, state.batch, state.g)
+    tree = REFERENCE.propose(state.pages, state.batch, state.g)
     cut = replace(tree, num_nodes=tree.num_nodes - 1)
     last = torch.arange(tree.tokens.shape[1]) == cut.num_nodes[:, None]
     cut.kinds[last & (cut.kinds == WINDOW)] = 0
     sampled = random_samples(cut, 5, 0)
-    verdict = ORACLE.verify(cut, sampled, 4)
+    verdict = REFERENCE.verify(cut, sampled, 4)
     expected = clone_pages(state.pages)
-    ORACLE.update(expected, state.batch, cut, sampled, verdict)
+    REFERENCE.update(expected, state.batch, cut, sampled, verdict)
     update(state.pages, state.batch, cut, sampled, verdict)
     assert_same_pages(state.pages, expected)
 

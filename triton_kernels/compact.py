@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Move the accepted nodes' K/V to where their depth says, in every layer.
 
-Oracle: `core.verify.accepted_moves` and `move_slots`. One launch for all layers of
+Reference: `core.compact`. One launch for all layers of
 one geometry. It moves bits: K/V of any type, in the widest integers that fit.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record what a step emitted; harvest the window and slide it.
 
-Oracle: `core.step.ReferenceOps.update`, with `core.draft.window.update_window`.
+Reference: `core.update`.
 """
 
 import itertools
