@@ -12,6 +12,7 @@ SMALL = {"window_size": 3, "ngram_size": 3, "verification_set_size": 3}
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 DRAFTS = "vllm:spec_decode_num_drafts"
 DRAFTED = "vllm:spec_decode_num_draft_tokens"
+COMMA = 14  # of the tokenizer of `make_model`
 # A context, a batch and a K/V cache that requests run into the ends of.
 TIGHT = {
     "max_model_len": 96,
@@ -104,16 +105,19 @@ def same_but_for_ties(
 def bigrams_are_drafted(engines: Engines) -> None:
     """Where the pool is empty, what the model says after the root alone is drafted.
 
-    A prompt of one token t continues as a, b. The draft after a is what the prompt a
-    continues as: accepted if, and only if, that is b.
+    A prompt of one token t continues as a, b. The draft after a is what a continues as
+    behind a comma, as prompts begin with no token of their own: accepted if, and only
+    if, that is b.
     """
     tokens = range(2, 97)
-    jobs = in_batches([request([t], max_tokens=3) for t in tokens], 4)
-    outputs = engines.run(jobs)["outputs"]
-    after = {t: o["tokens"] for t, o in zip(tokens, outputs, strict=True)}
+    alone, behind = [[t] for t in tokens], [[COMMA, t] for t in tokens]
+    jobs = in_batches([request(p, max_tokens=3) for p in [*alone, *behind]], 4)
+    outputs = [output["tokens"] for output in engines.run(jobs)["outputs"]]
+    after = dict(zip(tokens, outputs, strict=False))
+    drafted = dict(zip(tokens, outputs[len(tokens) :], strict=True))
     new = {t: (a, b) for t, (a, b, _) in after.items() if a != t and a in after}
-    hits = [t for t, (a, b) in new.items() if after[a][0] == b][:6]
-    misses = [t for t, (a, b) in new.items() if after[a][0] != b][:6]
+    hits = [t for t, (a, b) in new.items() if drafted[a][0] == b][:6]
+    misses = [t for t, (a, b) in new.items() if drafted[a][0] != b][:6]
     assert len(hits) > 2 and len(misses) > 2
     wanted = [request([t], max_tokens=3) for t in hits]
     wanted += [request([t], max_tokens=2) for t in misses]

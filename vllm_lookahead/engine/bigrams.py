@@ -22,6 +22,12 @@ logger = init_logger("vllm.lookahead")
 _MAX_SECONDS = 15.0
 # Tokens at once: their logits must fit beside the K/V cache.
 _ROWS = 128
+# A text's first token draws attention whatever it is, so a model that is asked about a
+# token alone says little of it. Where prompts begin with no token of their own, this
+# one comes first. SmolLM2-135M-Instruct, the next tokens of three answers of 64: 0.5%
+# of them are the likeliest after the token alone, 8% after BOS and 14% after a comma;
+# 29%, 40% and 48% are among the 16 likeliest.
+COMMA = ","
 
 
 @dataclass
@@ -29,10 +35,10 @@ class LoneTokens:
     """Attention metadata of sequences that are one token long: no cache is read.
 
     Attributes:
-        follows_bos: whether row 0 is a token that every other row follows.
+        follow_first: whether row 0 is a token that every other row follows.
     """
 
-    follows_bos: bool
+    follow_first: bool
 
     def attend(
         self,
@@ -52,7 +58,7 @@ class LoneTokens:
         """
         group = query.shape[1] // key.shape[1]
         attended = value.float().repeat_interleave(group, 1)
-        if self.follows_bos:
+        if self.follow_first:
             keys = key.float().repeat_interleave(group, 1)
             to_self = (query.float() * keys).sum(-1, keepdim=True)
             to_first = (query.float() * keys[:1]).sum(-1, keepdim=True)
@@ -88,7 +94,7 @@ def ask_model(
         return None
     start = time.perf_counter()
     prefix = _prefix(config).to(device)
-    metadata: Any = LoneTokens(follows_bos=len(prefix) > 0)
+    metadata: Any = LoneTokens(follow_first=len(prefix) > 0)
     rows = min(_ROWS, vllm_config.scheduler_config.max_num_batched_tokens)
     chunk = rows - len(prefix)
 
@@ -142,12 +148,17 @@ def _affordable(
 
 
 def _prefix(model_config: ModelConfig) -> torch.Tensor:
-    """The token, if any, that this model's prompts begin with."""
+    """What tokens follow when they are asked for: what prompts begin with, or COMMA.
+
+    Returns:
+        [1] int64, or [0] where there is no tokenizer to ask.
+    """
     ids: list[int] = []
     if not model_config.skip_tokenizer_init:
         try:
             tokenizer = cached_tokenizer_from_config(model_config)
             ids = [t for t in tokenizer.encode("")[:1] if t == tokenizer.bos_token_id]
+            ids = ids or tokenizer.encode(COMMA, add_special_tokens=False)[:1]
         except Exception as error:  # a tokenizer of the model's own; nothing is lost
             logger.warning("Bigrams are taken without a first token: %s", error)
     return torch.tensor(ids, dtype=torch.int64)
