@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Move the accepted nodes' K/V to where their depth says, in every layer.
 
-Reference: `core.compact`. One launch for all layers of
-one geometry. It moves bits: K/V of any type, in the widest integers that fit.
+Reference: `core.compact`. One launch for all layers of one geometry. It moves bits: K/V
+of any type, in the widest integers that fit.
 """
 
 from collections.abc import Sequence

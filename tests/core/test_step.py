@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step that is run is the one that the documents show."""
+"""The documents show the step as it is in the code."""
 
 import inspect
 from pathlib import Path

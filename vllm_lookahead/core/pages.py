@@ -69,6 +69,11 @@ class BlockPages:
     def block_size(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def ngram_size(self) -> int:
+        """N of the server."""
+        return self.window.shape[1] + 1
+
     def history(self, request: Request) -> list[int]:
         """A request's tokens at positions 0..p-1, EMPTY where unknown."""
         num_blocks = -(-request.position // self.block_size)

@@ -3,8 +3,11 @@
 
 Every request feeds a draft tree in place of one token; what the model would have said
 anyway is kept (Fu et al. 2024, "Break the Sequential Dependency of LLM Inference Using
-Lookahead Decoding", with every source of drafts under one root). The operations are an
-engine's own: Numba on a CPU, Triton on a GPU, plain loops in `core.reference`.
+Lookahead Decoding", with every source of drafts under one root).
+
+Tests run `step` itself, with each implementation of the operations: Numba's, Triton's
+and the plain loops of `core.reference`. In an engine vLLM's model runner calls the same
+operations one by one; `docs/step.md` says from where.
 """
 
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from vllm_lookahead.core.verify import Verdict
 
 
 class LookaheadOps(Protocol):
-    """Each op takes all requests of a step; shapes as in `core.reference`."""
+    """Each takes all requests of a step; shapes as in the core's file of its name."""
 
     def write_tokens(
         self, pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor
@@ -59,7 +62,8 @@ def step(
 
     Args:
         ops: what runs everything but the model.
-        draft: the trees to feed; `draft.chains.propose` or `draft.best_first.grow`.
+        draft: makes the trees to feed: `draft.chains.propose` or
+            `draft.best_first.grow`, given what else they take.
         forward: the model and the request's own sampler: the K/V of node i goes to the
             slot of position p+i, attention is over the context, the node's ancestors
             and itself, and the result is [B, T], the token sampled after each node.
@@ -73,7 +77,7 @@ def step(
     ops.write_tokens(pages, batch.root_slots(pages.block_size), batch.root)
     tree = draft(pages, batch)
     sampled = forward(tree)
-    verdict = ops.verify(tree, sampled, pages.window.shape[1] + 1)
+    verdict = ops.verify(tree, sampled, pages.ngram_size)
     ops.compact(caches, batch, verdict, pages.block_size)
     ops.update(pages, batch, tree, sampled, verdict)
     return verdict

@@ -42,8 +42,9 @@ class LookaheadScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         config: LookaheadConfig = self.vllm_config.speculative_config
         self.lookahead = config.params
-        # Always as many drafts as ever: with such a table, vLLM pads no request that
-        # enters with one token left to N, be its lookahead off or not.
+        # vLLM takes from this table how many drafts a batch of each size gets: always
+        # N-1. Without one it would pad every request that enters with a single token
+        # left to N tokens, also where lookahead is off.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (
             self.max_num_running_reqs + 1
         )

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 # requests, smaller trees. A 7B model in bf16 is memory-bound on an H200 up to about
 # 180 tokens.
 MAX_TREE_TOKENS = 256
-# Trees of a step are as wide as if they were one of these many, at most a quarter
-# more than they are: each has a CUDA graph of its own.
+# The number of trees in a step is rounded up to one of these before they share its
+# tokens, at most by a quarter: each has a CUDA graph of its own.
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64]
 COUNTS += [80, 96, 112, 128, 160, 192, 224, 256]
 

@@ -15,7 +15,7 @@ ROW, NARROW, POSITION, W, N, G = range(6)
 
 @kernel
 def size_trees(
-    requests,  # [b, 6] int64: row, N_r placeholders and one, p, W_r, N_r, G_r
+    requests,  # [b, 6] int64: request index, 1 + placeholders, p, W_r, N_r, G_r
     reserved,  # slots for draft tokens beyond N-1
     max_model_len,
     spare,  # input slots that the step leaves free
@@ -149,7 +149,8 @@ def lay_out(
         np.empty(total + num_requests, np.int64),
         np.empty((num_trees, size), np.int64),
         np.empty(total, np.bool_),
-        # A column more than is used: kernels are compiled by layout.
+        # A column more than is ever used, so that what is cut off never is contiguous:
+        # kernels are compiled for one layout.
         np.empty((3, num_trees * size + 1), np.int64),
         np.empty(num_trees, np.int64),
         np.empty(num_trees, np.bool_),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample and match: walk the trees."""
+"""Sample and match at once, where every token of a batch is known: greedy ones.
+
+Other batches are walked a level at a time, `numba_kernels.walk`.
+"""
 
 import numpy as np
 import torch

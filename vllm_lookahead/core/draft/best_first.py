@@ -43,7 +43,7 @@ WEIGHTS = {
     "count": 1.1,  # per log(1 + 2 * times seen)
     "rejected": 0.22,  # per logit of a rejected node's answer, less what is usual
     "noise": 0.6,  # per temperature
-    "other": 1.5,  # per temperature, of all tokens that nothing speaks for together
+    "other": 1.5,  # per temperature: one stand-in for every token that is not listed
 }
 MAX_AGREEMENT = 4
 # Distinct tokens kept of those seen after a token, the newest first.
@@ -281,7 +281,7 @@ def _grow_one(
             for token, x in drafter.estimate(path).items():
                 if chance + x >= math.log(least):
                     waiting.append((chance + x, len(nodes) - 1, [*path, token]))
-        # A child of a leaf is the leaf that its parent was.
+        # The first child of a leaf takes its place; any other child is one leaf more.
         waiting = [
             node for node in waiting if num_leaves < leaves or node[1] not in is_parent
         ]

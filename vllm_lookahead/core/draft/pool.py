@@ -40,7 +40,7 @@ def _entries(pages: BlockPages, request: Request) -> list[list[int]]:
     """Every continuation of the root that the pages know, best first."""
     p, n, size = request.position, request.ngram_size, pages.block_size
     text = [*pages.history(request), request.root]
-    # ((agreement, age), values); younger entries have larger ages.
+    # (agreement, then what is larger the newer an entry is), values
     found: list[tuple[tuple[int, ...], list[int]]] = []
     for at in range(p):
         if text[at] != request.root:

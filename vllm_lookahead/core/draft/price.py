@@ -15,16 +15,17 @@ import torch
 
 # Accepted drafts that were promised and those that were, before any was seen.
 _PRIOR_PROMISED, _PRIOR_KEPT = 20.0, 15.0
-# Time of a token fed and of one emitted, over a step's per request, and how many steps
-# that are one token off the mean count as much as this assumption.
+# Assumed before any was measured: the time of one more token fed, and of one more
+# emitted, as parts of a step's time per request. It weighs as much as so many steps
+# whose number of tokens is one off the mean.
 _PRIOR_COSTS, _PRIOR_STEPS = np.array([0.03, 0.0]), 20.0
 _MIN_COSTS = np.array([0.002, 0.0])
 # Trees are searched node by node: there is an end to it where tokens are free.
 _LEAST = 0.005
 # Steps after which an observation counts half as much as a new one.
 _HALF_LIFE = 500
-# What is left of all observations after as many steps without a draft as one update
-# sees: these teach nothing, and drafts must be tried again, for the load may change.
+# What is left of all observations after an update without a draft: such steps teach
+# nothing, and drafts must be tried again, for the load may change.
 _FORGET = 0.9
 # An update takes 0.2 ms amid a model's step.
 _UPDATE_EVERY = 16
@@ -34,7 +35,7 @@ class DraftSizePolicy:
     """Learns the least chance of being accepted for which a node is drafted.
 
     Attributes:
-        least: [] float64, as `grow` takes it.
+        least: a float64 of no dimension, as ranks broadcast it.
     """
 
     def __init__(self) -> None:

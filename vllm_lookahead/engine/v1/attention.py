@@ -89,7 +89,8 @@ class ChainAttentionImpl(CPUAttentionBackendImpl):
             return attn_metadata.attend(query, key, value, output, self.scale)
         if attn_metadata is not None:
             self._write(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-        if attn_metadata is None or self.sinks is not None:  # which it converts
+        # vLLM's own forward converts attention sinks.
+        if attn_metadata is None or self.sinks is not None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, **scales
             )

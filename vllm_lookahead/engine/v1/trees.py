@@ -60,7 +60,7 @@ class StepTrees:
         at, tokens, position = self.flat.fed
         inputs.input_ids.np[at] = tokens
         inputs.positions.numpy()[at] = position
-        # With `enable_prompt_embeds` vLLM embeds the rows marked so, here N of a tree.
+        # With `enable_prompt_embeds` vLLM embeds what is marked so; it marked N a tree.
         inputs.is_token_ids.np[at] = True
 
     def feed_alone(self, inputs: CPUModelRunner, block_size: int) -> torch.Tensor:
