@@ -14,8 +14,8 @@ from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.engine.v2.sizes import RequestSizes
-from vllm_lookahead.engine.v2.step import Plan, TreeStep
-from vllm_lookahead.engine.v2.trees import TreeSlots
+from vllm_lookahead.engine.v2.trees import Plan, StepTrees
+from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels import pool
 from vllm_lookahead.triton_kernels.mask import build_mask
@@ -182,8 +182,8 @@ def engine_calls(
         input_ids=torch.zeros(requests * t, dtype=torch.int32, device=device),
     )
     plan = Plan.make(input_batch, sizes, on)
-    step = TreeStep(requests, requests * t, params, on)
-    slots = TreeSlots(requests, t, on)
+    step = StepTrees(requests, requests * t, params, on)
+    slots = WaitingTrees(requests, t, on)
     drafts = torch.zeros(
         requests, params.ngram_size - 1, dtype=torch.int64, device=device
     )

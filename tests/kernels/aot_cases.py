@@ -14,7 +14,7 @@ from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.compact import LayerCaches, compact
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
-from vllm_lookahead.triton_kernels.slots import (
+from vllm_lookahead.triton_kernels.waiting import (
     FedTrees,
     LogitsRows,
     feed_trees,

@@ -22,7 +22,7 @@ from vllm_lookahead.engine.support import V2_WORKER
 from vllm_lookahead.engine.v2 import model_runner
 from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.v2.sizes import RequestSizes
-from vllm_lookahead.engine.v2.step import Plan, TreeStep
+from vllm_lookahead.engine.v2.trees import Plan, StepTrees
 from vllm_lookahead.params import LookaheadParams
 
 MOST = 256
@@ -37,7 +37,7 @@ class Server:
         self.driver = Driver(model, V2_WORKER, **asdict(params))
         self.sizes = RequestSizes(MOST, params)
         self.slots: dict[str, int] = {}
-        self.step = TreeStep(MOST, BATCHED, params, CPU)
+        self.step = StepTrees(MOST, BATCHED, params, CPU)
         self.runner: Any = SimpleNamespace(
             req_states=SimpleNamespace(req_id_to_index=self.slots),
             sizes=self.sizes,
@@ -105,8 +105,8 @@ def test_the_bound_is_met(tmp_path: Path) -> None:
     server.add(MOST - MAX_TREE_TOKENS // 2, **OFF)
     server.rows()
     assert server.rows() == server.step.max_rows == MAX_TREE_TOKENS + MOST
-    assert TreeStep(1024, BATCHED, LookaheadParams(15, 5, 15), CPU).max_rows == 1280
-    assert TreeStep(1, BATCHED, LookaheadParams(15, 5, 15), CPU).max_rows == 76
+    assert StepTrees(1024, BATCHED, LookaheadParams(15, 5, 15), CPU).max_rows == 1280
+    assert StepTrees(1, BATCHED, LookaheadParams(15, 5, 15), CPU).max_rows == 76
 
 
 @pytest.mark.parametrize(("chunk", "rows"), [(4096, 1280), (1000, 1000), (1, 76)])
@@ -123,7 +123,7 @@ def test_memory_is_profiled_with_as_many(
     monkeypatch.setattr(model_runner.BaseModelRunner, name, lambda *args: None)
     runner: Any = object.__new__(LookaheadModelRunner)
     runner.device, runner.tree_sampler = CPU, SimpleNamespace(max_chunk_rows=chunk)
-    runner.step = TreeStep(1024, BATCHED, LookaheadParams(15, 5, 15), CPU)
+    runner.step = StepTrees(1024, BATCHED, LookaheadParams(15, 5, 15), CPU)
     runner.model = SimpleNamespace(compute_logits=compute_logits)
     runner._dummy_sampler_run(torch.zeros(3, 2))
     assert seen == [rows]

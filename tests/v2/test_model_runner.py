@@ -20,7 +20,7 @@ from tests.harness.jobs import (
 )
 from vllm_lookahead.engine.v2 import model_runner, outputs
 from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
-from vllm_lookahead.engine.v2.step import TreeStep
+from vllm_lookahead.engine.v2.trees import StepTrees
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -37,7 +37,7 @@ class Recorder:
 @pytest.fixture
 def runner() -> Any:
     runner = object.__new__(LookaheadModelRunner)
-    runner.step = TreeStep(4, 64, LookaheadParams(3, 3, 3), torch.device("cpu"))
+    runner.step = StepTrees(4, 64, LookaheadParams(3, 3, 3), torch.device("cpu"))
     return runner
 
 

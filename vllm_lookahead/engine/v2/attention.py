@@ -22,7 +22,7 @@ from vllm_lookahead.triton_kernels.attention import tree_attention
 from vllm_lookahead.triton_kernels.attention_config import SplitScratch, TreeBatch
 
 if TYPE_CHECKING:
-    from vllm_lookahead.engine.v2.step import TreeStep
+    from vllm_lookahead.engine.v2.trees import StepTrees
 
 # Their caches are [num_blocks, num_kv_heads, block_size, 2 * head_size], K before V.
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "CPU_ATTN")
@@ -47,7 +47,7 @@ class TreeMetadata:
 class TreeMetadataBuilder:
     """Mixed into a backend's metadata builder. `step` is the runner's."""
 
-    step: "TreeStep"
+    step: "StepTrees"
 
     def build(
         self,
@@ -231,7 +231,7 @@ def _refuse(name: str, layer: Attention, dtype: torch.dtype) -> None:
 
 def install_tree_attention(
     layers: dict[str, Attention],
-    step: "TreeStep",
+    step: "StepTrees",
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:

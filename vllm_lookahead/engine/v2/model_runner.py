@@ -38,8 +38,8 @@ from vllm_lookahead.engine.v2.outputs import AsyncLookaheadOutput, Drafted
 from vllm_lookahead.engine.v2.sampling import TreeSampler, uses_history
 from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.engine.v2.speculator import LookaheadSpeculator
-from vllm_lookahead.engine.v2.step import Plan, TreeStep
-from vllm_lookahead.engine.v2.trees import TreeSlots
+from vllm_lookahead.engine.v2.trees import Plan, StepTrees
+from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -61,11 +61,11 @@ class LookaheadModelRunner(BaseModelRunner):
         self.lookahead = params = vllm_config.speculative_config.params
         size = params.max_tree_size
         self.sizes = RequestSizes(self.max_num_reqs, params)
-        self.slots = TreeSlots(self.max_num_reqs, size, device)
-        self.step = TreeStep(self.max_num_reqs, self.max_num_tokens, params, device)
+        self.waiting = WaitingTrees(self.max_num_reqs, size, device)
+        self.step = StepTrees(self.max_num_reqs, self.max_num_tokens, params, device)
         self.ops = TritonOps(params, self.max_num_reqs, device)
         self.speculator = LookaheadSpeculator(
-            self, self.step, self.slots, self.ops, params
+            self, self.step, self.waiting, self.ops, params
         )
         self.tree_sampler = TreeSampler(self, self.step, self.ops, params.ngram_size)
         self.drafted: Drafted | None = None  # of the step that is sampled
@@ -142,9 +142,9 @@ class LookaheadModelRunner(BaseModelRunner):
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
-            slot = self.req_states.req_id_to_index[request.req_id]
-            chain = uses_history(self.sampler, slot, request.sampling_params)
-            self.sizes.add_request(slot, request.sampling_params, chain)
+            index = self.req_states.req_id_to_index[request.req_id]
+            chain = uses_history(self.sampler, index, request.sampling_params)
+            self.sizes.add_request(index, request.sampling_params, chain)
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().update_requests(scheduler_output)
@@ -214,13 +214,13 @@ class LookaheadModelRunner(BaseModelRunner):
         final = slot_mappings[0]
         if plan.num_trees:
             last_sampled = self.req_states.last_sampled_tokens
-            step.feed(plan, self.slots, input_batch, final, last_sampled)
+            step.feed(plan, self.waiting, input_batch, final, last_sampled)
             final = step.final_slot
             step.attended = plan.num_trees
             if not input_batch.has_prefill:
                 step.attended = plan.num_requests
             build_mask(
-                step.rows(step.attended),
+                step.trees(step.attended),
                 step.position[: step.attended],
                 input_batch.query_start_loc[: step.attended + 1],
                 step.bits[: step.attended],
@@ -268,7 +268,9 @@ class LookaheadModelRunner(BaseModelRunner):
             self.block_tables.input_block_tables[0], step.position[:d], step.root[:d]
         )
         self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
-        self.ops.update(self.pages, batch, step.rows(d), step.sampled_rows(d), verdict)
+        self.ops.update(
+            self.pages, batch, step.trees(d), step.sampled_tokens(d), verdict
+        )
         return output, output.num_sampled, output.num_rejected
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

@@ -24,12 +24,12 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.engine.v2.grammar import apply_grammar, forbid_drafts
-from vllm_lookahead.engine.v2.step import TreeStep
+from vllm_lookahead.engine.v2.trees import StepTrees
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
 
 def uses_history(
-    sampler: Any, slot: int, sampling_params: SamplingParams | None
+    sampler: Any, index: int, sampling_params: SamplingParams | None
 ) -> bool:
     """Whether a request's logits depend on the tokens before them.
 
@@ -44,7 +44,7 @@ def uses_history(
         use_penalty(sampling_params)
         or bool(sampling_params.bad_words_token_ids)
         or sampling_params.structured_outputs is not None
-        or (budget.enabled and bool(budget.use_thinking_budget[slot]))
+        or (budget.enabled and bool(budget.use_thinking_budget[index]))
         or len(sampler.logits_processors) > num_builtin
     )
 
@@ -61,7 +61,7 @@ class TreeSampler:
     """
 
     def __init__(
-        self, runner: GPUModelRunner, step: TreeStep, ops: TritonOps, ngram_size: int
+        self, runner: GPUModelRunner, step: StepTrees, ops: TritonOps, ngram_size: int
     ) -> None:
         self.runner: Any = runner
         self.step, self.ops, self.ngram_size = step, ops, ngram_size
@@ -77,7 +77,7 @@ class TreeSampler:
 
         Args:
             hidden_states: [num_tokens, hidden_size].
-            input_batch: as `TreeStep.feed` left it.
+            input_batch: as `StepTrees.feed` left it.
             grammar_output: bitmasks of the requests with a grammar, whose trees are
                 chains.
 
@@ -87,7 +87,7 @@ class TreeSampler:
         """
         plan = self.step.plan
         if grammar_output is not None:
-            kinds = self.step.rows(input_batch.num_reqs).kinds
+            kinds = self.step.trees(input_batch.num_reqs).kinds
             forbid_drafts(kinds, input_batch, grammar_output)
         parts = [
             self._sample_requests(
@@ -177,7 +177,7 @@ class TreeSampler:
             num_nans = get_num_nans(logits)[cu_rows[:-1].long()]
         sampled, processed = sampler.sample(
             logits,
-            step.row_slot[verified],
+            step.row_index[verified],
             input_batch.idx_mapping[first:end],
             idx_mapping_np,
             input_batch.positions[at],
@@ -188,8 +188,8 @@ class TreeSampler:
         )
         step.sampled.index_copy_(0, step.row_node[verified], sampled)
         verdict = self.ops.verify(
-            step.rows(end, first),
-            step.sampled_rows(end, first),
+            step.trees(end, first),
+            step.sampled_tokens(end, first),
             self.ngram_size,
         )
         logprobs = None

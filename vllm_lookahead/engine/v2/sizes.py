@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each running request asked for, by request slot, on the host."""
+"""What each running request asked for, by request index, on the host."""
 
 import numpy as np
 from vllm.sampling_params import SamplingParams
@@ -7,16 +7,16 @@ from vllm.sampling_params import SamplingParams
 from vllm_lookahead.engine.shares import nodes_within
 from vllm_lookahead.params import LookaheadParams, request_params
 
-WINDOW, NGRAM, VERIFY, TREE, ROWS = range(5)
+WINDOW, NGRAM, VERIFY, TREE, VERIFIED = range(5)
 
 
 class RequestSizes:
-    """W, N, G of each request slot, and what follows from them.
+    """W, N, G of each request index, and what follows from them.
 
     Attributes:
         server: the sizes that the server was started with, the most of each.
-        table: [5, max_num_reqs] int32, by slot: W, N, G, the largest tree T and
-            the most of its nodes that are verified, 1 + G(N-1).
+        table: [5, max_num_reqs] int32, by request index: W, N, G, the largest tree T
+            and the most of its nodes that are verified, 1 + G(N-1).
     """
 
     def __init__(self, max_num_reqs: int, server: LookaheadParams) -> None:
@@ -24,12 +24,12 @@ class RequestSizes:
         self.table = np.zeros((5, max_num_reqs), dtype=np.int32)
 
     def add_request(
-        self, slot: int, sampling_params: SamplingParams | None, chain: bool
+        self, index: int, sampling_params: SamplingParams | None, chain: bool
     ) -> None:
         """Read a request's options.
 
         Args:
-            slot: the request's.
+            index: the request's.
             sampling_params: None for a pooling request, which drafts nothing.
             chain: its tokens depend on the tokens before them other than through
                 the model, so it drafts one candidate and no window.
@@ -42,7 +42,7 @@ class RequestSizes:
         elif chain:
             g = min(1, params.verification_set_size)
             params = LookaheadParams(0, params.ngram_size, g)
-        self.table[:, slot] = (
+        self.table[:, index] = (
             params.window_size,
             params.ngram_size,
             params.verification_set_size,
@@ -50,18 +50,18 @@ class RequestSizes:
             1 + params.max_candidate_nodes,
         )
 
-    def num_nodes(self, slot: int, num_drafts: int, most: int) -> int:
+    def num_nodes(self, index: int, num_drafts: int, most: int) -> int:
         """Nodes to feed for a request that was scheduled `num_drafts` drafts.
 
         Fewer drafts than N-1 mean that fewer tokens may be emitted, and a tree cut
         to as many nodes is no deeper.
 
         Args:
-            slot: the request's.
+            index: the request's.
             num_drafts: at least 1.
             most: what there is room for.
         """
-        _, ngram, _, tree, rows = self.table[:, slot].tolist()
+        _, ngram, _, tree, verified = self.table[:, index].tolist()
         if num_drafts < ngram - 1:
             most = min(most, num_drafts + 1)
-        return nodes_within(tree, rows, most)
+        return nodes_within(tree, verified, most)

@@ -9,8 +9,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_lookahead.core.pages import BlockPages
-from vllm_lookahead.engine.v2.step import TreeStep
-from vllm_lookahead.engine.v2.trees import TreeSlots
+from vllm_lookahead.engine.v2.trees import StepTrees
+from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -31,8 +31,8 @@ class LookaheadSpeculator(BaseSpeculator):
     def __init__(
         self,
         runner: GPUModelRunner,
-        step: TreeStep,
-        slots: TreeSlots,
+        step: StepTrees,
+        waiting: WaitingTrees,
         ops: TritonOps,
         sizes: LookaheadParams,
     ) -> None:
@@ -40,12 +40,12 @@ class LookaheadSpeculator(BaseSpeculator):
         Args:
             runner: vLLM's, for its requests and block tables.
             step: the trees of the step that ends.
-            slots: where those of the next step go.
+            waiting: where those of the next step go.
             ops: to draft with.
             sizes: the server's.
         """
         self.runner: Any = runner
-        self.step, self.slots, self.ops, self.sizes = step, slots, ops, sizes
+        self.step, self.waiting, self.ops, self.sizes = step, waiting, ops, sizes
         self.bigrams: torch.Tensor | None = None
         shape = runner.max_num_reqs, sizes.ngram_size - 1
         self.drafts = torch.zeros(shape, dtype=torch.int64, device=runner.device)
@@ -63,7 +63,7 @@ class LookaheadSpeculator(BaseSpeculator):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Put the batch's next trees into their slots.
+        """Put the batch's next trees away, where their requests find them.
 
         Returns:
             [B, N-1] int64, the first candidate of each request.
@@ -79,5 +79,5 @@ class LookaheadSpeculator(BaseSpeculator):
         )
         candidates = self.sizes.verification_set_size
         tree = self.ops.propose(self.pages, batch, candidates, self.bigrams)
-        self.slots.store(tree, idx_mapping, drafts)
+        self.waiting.store(tree, idx_mapping, drafts)
         return drafts

@@ -1,41 +1,249 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft trees between steps, by request slot.
+"""One step's trees, laid out in the V2 runner's flat batch."""
 
-A step's trees are made at the end of the step before, when nobody knows yet which
-requests will share the next batch. So they wait in `TreeSlots`, and `TreeStep`
-gathers those of its batch.
-"""
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import triton
+from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
-from vllm_lookahead.triton_kernels.slots import store_trees
+from vllm_lookahead.engine.shares import tree_budget
+from vllm_lookahead.engine.v2.sizes import NGRAM, TREE, VERIFIED, VERIFY, WINDOW
+from vllm_lookahead.engine.v2.waiting import WaitingTrees
+from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.waiting import FedTrees, LogitsRows, feed_trees
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_lookahead.engine.v2.sizes import RequestSizes
 
 
-class TreeSlots:
-    """The tree that each running request is fed in its next step.
+@dataclass
+class Plan:
+    """What the host knows of a step; one copy brings it to the device.
 
     Attributes:
-        columns: [4, max_num_reqs, T] int32, the four columns of `DraftTree`.
-        num_nodes: [max_num_reqs] int32.
+        num_requests, num_trees: B requests, the first D of which are fed trees.
+        drafts: whether any of the requests may be fed a tree in its next step.
+        cu_verified_np, cu_window_np: [B+1] first logits row of each request, of
+            those to sample from and of those to refill the window with.
+        sizes: [4, B] int32, W, N, G and T of each request.
+        counts: [3, B] int32, nodes fed, verified, and of the window's last row.
+        cu_verified, cu_window, cu_fed: [B+1] int32; `cu_window` counts on from the
+            verified rows.
+    """
+
+    num_requests: int
+    num_trees: int
+    drafts: bool
+    cu_verified_np: np.ndarray
+    cu_window_np: np.ndarray
+    sizes: torch.Tensor
+    counts: torch.Tensor
+    cu_verified: torch.Tensor
+    cu_window: torch.Tensor
+    cu_fed: torch.Tensor
+
+    @classmethod
+    def make(
+        cls, input_batch: "InputBatch", sizes: "RequestSizes", device: torch.device
+    ) -> "Plan":
+        b = input_batch.num_reqs
+        drafts = input_batch.num_draft_tokens_per_req
+        # vLLM puts those with drafts first.
+        d = 0 if drafts is None else int(np.count_nonzero(drafts))
+        table = sizes.table[:, input_batch.idx_mapping_np]  # [5, B]
+        host = np.zeros(7 * b + 3 * (b + 1), dtype=np.int32)
+        columns, sums = host[: 7 * b].reshape(7, b), host[7 * b :].reshape(3, b + 1)
+        columns[:4] = table[[WINDOW, NGRAM, VERIFY, TREE]]
+        fed, verified, window = columns[4:]
+        fed[:], verified[:] = 1, 1
+        fed[:d] = input_batch.num_scheduled_tokens[:d]
+        verified[:d] = np.minimum(fed[:d], table[VERIFIED, :d])
+        window[:d] = np.where(fed[:d] == table[TREE, :d], table[WINDOW, :d], 0)
+        np.cumsum(verified, out=sums[0, 1:])
+        np.cumsum(window, out=sums[1, 1:])
+        sums[1] += sums[0, -1]
+        np.cumsum(fed, out=sums[2, 1:])
+        packed = async_tensor_h2d(host, device=device)
+        return cls(
+            b,
+            d,
+            bool((columns[3] > 1).any()),
+            sums[0],
+            sums[1],
+            packed[: 4 * b].view(4, b),
+            packed[4 * b : 7 * b].view(3, b),
+            *packed[7 * b :].view(3, b + 1).unbind(0),
+        )
+
+    def batch(
+        self, block_table: torch.Tensor, position: torch.Tensor, root: torch.Tensor
+    ) -> RequestBatch:
+        """The core's view of the first requests, as many as `position` has."""
+        n = position.shape[0]
+        columns = (column[:n] for column in self.sizes.unbind(0))
+        return RequestBatch(block_table[:n], position, root, *columns)
+
+
+def _tree(columns: torch.Tensor, num_nodes: torch.Tensor) -> DraftTree:
+    return DraftTree(*[*columns, num_nodes])
+
+
+class StepTrees:
+    """The current step's trees, in buffers that a CUDA graph may point to.
+
+    Attributes:
+        tree: rows [max_num_reqs, T]; the first B are the step's.
+        position, root: [max_num_reqs] int32, p and x of each.
+        longest: [max_num_reqs] int32, length of each tree's longest candidate.
+        bits: [max_num_reqs, T, ceil(T/32)] int32, packed ancestors.
+        sampled: [max_num_reqs * T + 1] int64, the model's token after each node;
+            the last cell takes what nobody reads.
+        final_slot: [max_num_tokens] int64, slots whose K/V the step computes for good;
+            -1 for the nodes after a root.
+        rows_per_request: most logits rows of a request: the root, the candidates
+            and the window's last row.
+        max_rows: most logits rows of a step. No tree has more of them than nodes, but
+            for the root's second one where N is 2, and the scheduler keeps the nodes
+            of all trees within a budget; a request without a tree has one.
+        attended: how many requests, from the first on, attend as trees: none of a
+            step without trees, all of one without prefills.
     """
 
     def __init__(
-        self, max_num_reqs: int, max_tree_size: int, device: torch.device | str
+        self,
+        max_num_reqs: int,
+        max_num_tokens: int,
+        params: LookaheadParams,
+        device: torch.device,
     ) -> None:
-        shape = (4, max_num_reqs, max_tree_size)
-        self.columns = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.num_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
-    def store(
-        self, tree: DraftTree, idx_mapping: torch.Tensor, drafts: torch.Tensor
+        t = params.max_tree_size
+        self.rows_per_request = 1 + params.max_candidate_nodes + params.window_size
+        budget = tree_budget(t, max_num_tokens)
+        self.max_rows = max_num_reqs + min(
+            budget, max_num_reqs * (self.rows_per_request - 1)
+        )
+        max_rows = max(2, self.max_rows)  # two to warm up
+        self._columns = zeros(4, max_num_reqs, t)
+        self.tree = _tree(self._columns, zeros(max_num_reqs))
+        self.position, self.root = zeros(max_num_reqs), zeros(max_num_reqs)
+        self.longest = zeros(max_num_reqs)
+        self.bits = zeros(max_num_reqs, t, triton.cdiv(t, 32))
+        self.sampled = zeros(max_num_reqs * t + 1, dtype=torch.int64)
+        self.final_slot = zeros(max_num_tokens, dtype=torch.int64)
+        self.row_token = zeros(max_rows, dtype=torch.int64)
+        self.row_node = zeros(max_rows, dtype=torch.int64)
+        self.row_index = zeros(max_rows, dtype=torch.int64)
+        self.row_local = zeros(max_rows)
+        self._fed = FedTrees(
+            self._columns,
+            self.tree.num_nodes,
+            self.position,
+            self.root,
+            self.longest,
+            self.final_slot,
+        )
+        self._logits_rows = LogitsRows(
+            self.row_token, self.row_node, self.row_index, self.row_local
+        )
+        self.attended = 0
+        self.plan: Plan = None  # type: ignore[assignment]  # before the first
+
+    @property
+    def covers_batch(self) -> bool:
+        """Whether no request of the step attends otherwise than as a tree."""
+        return self.attended == self.plan.num_requests
+
+    def forget(self) -> None:
+        """Make a dummy batch read no tree, nor a context, of the step before."""
+        self.attended = 0
+        self.position.zero_()
+
+    def trees(self, end: int, first: int = 0) -> DraftTree:
+        """The trees of requests first..end-1."""
+        columns, num_nodes = self._columns, self.tree.num_nodes
+        return _tree(columns[:, first:end], num_nodes[first:end])
+
+    def sampled_tokens(self, end: int, first: int = 0) -> torch.Tensor:
+        """[end - first, T] int64."""
+        t = self._columns.shape[2]
+        return self.sampled[first * t : end * t].view(-1, t)
+
+    def feed(
+        self,
+        plan: Plan,
+        waiting: WaitingTrees,
+        input_batch: "InputBatch",
+        slot_mapping: torch.Tensor,
+        last_sampled: torch.Tensor,
     ) -> None:
-        """Put a batch's trees away.
+        """Gather the step's trees and say which rows of the batch need logits.
+
+        Raises:
+            ValueError: the trees have more rows than a scheduler's batch can have.
+        """
+        b, num_tokens = plan.num_requests, input_batch.num_tokens
+        if plan.cu_window_np[-1] > self.max_rows:
+            raise ValueError(
+                f"{plan.cu_window_np[-1]} logits rows, but buffers for {self.max_rows}"
+            )
+        self.final_slot[:num_tokens].copy_(slot_mapping[:num_tokens])
+        feed_trees(
+            self._fed,
+            self._logits_rows,
+            waiting.columns,
+            waiting.num_nodes,
+            input_batch.idx_mapping,
+            input_batch.query_start_loc[: b + 1],
+            input_batch.seq_lens[:b],
+            input_batch.input_ids,
+            last_sampled,
+            plan.counts,
+            plan.sizes[1],
+            plan.cu_verified,
+            plan.cu_window,
+            plan.num_trees,
+        )
+        num_rows = int(plan.cu_verified_np[-1])
+        input_batch.logits_indices = self.row_token[:num_rows]
+        input_batch.expanded_idx_mapping = self.row_index[:num_rows]
+        input_batch.expanded_local_pos = self.row_local[:num_rows]
+        input_batch.cu_num_logits = plan.cu_verified
+        input_batch.cu_num_logits_np = plan.cu_verified_np
+
+    def warm_up(self, waiting: WaitingTrees, drafts: torch.Tensor) -> None:
+        """Compile the kernels that put trees away and gather them, before there is one.
 
         Args:
-            tree: B trees.
-            idx_mapping: [B] integers, the slot of each.
-            drafts: [B, N-1] int64, out: each tree's first candidate, padded with
-                token 0; what the scheduler is told.
+            waiting: index 0 is overwritten, as the first tree of the step is.
+            drafts: [1, N-1] int64, out.
         """
-        store_trees(tree, idx_mapping, self.columns, self.num_nodes, drafts)
+        device = drafts.device
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        waiting.store(self.trees(1), index, drafts)
+        one = torch.arange(3, dtype=torch.int32, device=device)
+        feed_trees(
+            self._fed,
+            self._logits_rows,
+            waiting.columns,
+            waiting.num_nodes,
+            index,
+            one[:2],
+            one[1:2],
+            one[:1],
+            index.expand(waiting.num_nodes.shape[0])[:, None].contiguous(),
+            one[1:2].expand(3, 1).contiguous(),
+            one[2:],
+            one[:2],
+            one[1:],
+            num_trees=0,
+        )

@@ -26,7 +26,7 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
     started = time.perf_counter()
     table = runner.block_tables.input_block_tables[0]
     runner.ops.warm_up(runner.pages, table, runner.slot_views)
-    runner.step.warm_up(runner.slots, runner.speculator.drafts[:1])
+    runner.step.warm_up(runner.waiting, runner.speculator.drafts[:1])
     seen = set()
     for layer in attention_layers(runner.vllm_config).values():
         sizes = layer.num_heads, layer.num_kv_heads, layer.head_size

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft trees on the device: by request slot between steps, by row within one.
+"""Draft trees on the device: by request index between steps, by row within one.
 
 `store_trees` puts a batch's trees away; `feed_trees` gathers those of the next batch
 and says which of its rows need logits. Their definition in plain Python is
-`tests/kernels/test_slots.py`.
+`tests/kernels/test_waiting.py`.
 """
 
 from typing import NamedTuple
@@ -26,14 +26,14 @@ _stored, _fed = Checked(), Checked()
 @jit
 def _store_kernel(
     drafts_ptr,  # [B, N-1] int64, out
-    slots_ptr,  # [4, S, T] int32, out
-    slots_num_nodes_ptr,  # [S] int32, out
+    waiting_ptr,  # [4, S, T] int32, out
+    waiting_num_nodes_ptr,  # [S] int32, out
     tokens_ptr,  # [B, T] int32, as the three below
     parents_ptr,
     depths_ptr,
     kinds_ptr,
     num_nodes_ptr,  # [B] int32
-    idx_mapping_ptr,  # [B] slot of each request
+    idx_mapping_ptr,  # [B] index of each request
     stride_tree,
     stride_column: tl.int64,  # S * T
     T: tl.constexpr,
@@ -41,11 +41,11 @@ def _store_kernel(
     BLOCK_T: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    slot = tl.load(idx_mapping_ptr + b).to(tl.int64)
+    index = tl.load(idx_mapping_ptr + b).to(tl.int64)
     node = tl.arange(0, BLOCK_T)
     mask = node < T
     row = b * stride_tree + node
-    at = slots_ptr + slot * T + node
+    at = waiting_ptr + index * T + node
     token = tl.load(tokens_ptr + row, mask=mask)
     depth = tl.load(depths_ptr + row, mask=mask)
     kind = tl.load(kinds_ptr + row, mask=mask)
@@ -53,7 +53,7 @@ def _store_kernel(
     tl.store(at + stride_column, tl.load(parents_ptr + row, mask=mask), mask=mask)
     tl.store(at + 2 * stride_column, depth, mask=mask)
     tl.store(at + 3 * stride_column, kind, mask=mask)
-    tl.store(slots_num_nodes_ptr + slot, tl.load(num_nodes_ptr + b))
+    tl.store(waiting_num_nodes_ptr + index, tl.load(num_nodes_ptr + b))
 
     # The first chain's nodes follow the root: node i at depth i can be no other's.
     # Beyond T, `kind` is undefined.
@@ -72,12 +72,12 @@ def store_trees(
     num_nodes: torch.Tensor,
     drafts: torch.Tensor,
 ) -> None:
-    """Put a batch's trees into their requests' slots.
+    """Put a batch's trees away, where their requests find them.
 
     Args:
         tree: B trees of up to T nodes.
-        idx_mapping: [B] int32 or int64, the slot of each.
-        columns: [4, S, T] int32, out, the four columns of `DraftTree` by slot.
+        idx_mapping: [B] int32 or int64, the request index of each.
+        columns: [4, S, T] int32, out, the four columns of `DraftTree` by request index.
         num_nodes: [S] int32, out.
         drafts: [B, N-1] int64, out: each tree's first candidate, padded with 0.
     """
@@ -121,11 +121,11 @@ def _feed_kernel(
     final_slot_ptr,  # [num_tokens] int64, in and out
     row_token_ptr,  # [rows] int64, out
     row_node_ptr,  # [rows] int64, out
-    row_slot_ptr,  # [rows] int64, out
+    row_index_ptr,  # [rows] int64, out
     row_local_ptr,  # [rows] int32, out
-    slots_ptr,  # [4, S, T] int32
-    slots_num_nodes_ptr,  # [S] int32
-    idx_mapping_ptr,  # [B] slot of each request
+    waiting_ptr,  # [4, S, T] int32
+    waiting_num_nodes_ptr,  # [S] int32
+    idx_mapping_ptr,  # [B] index of each request
     query_start_loc_ptr,  # [B+1] int32
     seq_lens_ptr,  # [B] int32
     input_ids_ptr,  # [num_tokens] int32
@@ -143,7 +143,7 @@ def _feed_kernel(
     BLOCK_T: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    slot = tl.load(idx_mapping_ptr + b).to(tl.int64)
+    index = tl.load(idx_mapping_ptr + b).to(tl.int64)
     fed = tl.load(fed_ptr + b)
     width = tl.load(window_ptr + b)
     start = tl.load(query_start_loc_ptr + b + 1) - fed
@@ -151,13 +151,13 @@ def _feed_kernel(
 
     # A request that drafted nothing is a tree of one node, its last token.
     is_tree = b < num_trees
-    drafted = tl.load(slots_num_nodes_ptr + slot, mask=is_tree, other=1)
+    drafted = tl.load(waiting_num_nodes_ptr + index, mask=is_tree, other=1)
     num_nodes = tl.maximum(tl.minimum(drafted, fed), 1)
     tl.store(num_nodes_ptr + b, num_nodes)
     node = tl.arange(0, BLOCK_T)
     live = node < tl.where(is_tree, num_nodes, 0)
-    at = slots_ptr + slot * T + node
-    last = tl.load(last_sampled_ptr + slot, mask=is_tree, other=0).to(tl.int32)
+    at = waiting_ptr + index * T + node
+    last = tl.load(last_sampled_ptr + index, mask=is_tree, other=0).to(tl.int32)
     root = tl.where(is_tree, last, tl.load(input_ids_ptr + start))
     tl.store(root_ptr + b, root)
     token = tl.load(at, mask=live, other=-1)
@@ -184,7 +184,7 @@ def _feed_kernel(
     row = tl.load(cu_verified_ptr + b) + node
     tl.store(row_token_ptr + row, (start + node).to(tl.int64), mask=verified)
     tl.store(row_node_ptr + row, b * T + node, mask=verified)
-    tl.store(row_slot_ptr + row, slot, mask=verified)
+    tl.store(row_index_ptr + row, index, mask=verified)
     tl.store(row_local_ptr + row, node, mask=verified)
 
     harvested = node < width
@@ -223,13 +223,13 @@ class LogitsRows(NamedTuple):
     Attributes:
         token: [rows] int64, where the row's token lies in the batch.
         node: [rows] int64, b * T + node; S * T for what nobody reads.
-        slot: [rows] int64, the request's; of rows to sample from only, as the next.
+        index: [rows] int64, the request's; of rows to sample from only, as the next.
         local: [rows] int32, the node.
     """
 
     token: torch.Tensor
     node: torch.Tensor
-    slot: torch.Tensor
+    index: torch.Tensor
     local: torch.Tensor
 
 
@@ -249,16 +249,16 @@ def feed_trees(
     cu_window: torch.Tensor,
     num_trees: int,
 ) -> None:
-    """Gather the trees of a batch from their slots.
+    """Gather the trees of a batch.
 
     Args:
         fed, rows: out.
-        columns, num_nodes: [4, S, T] and [S] int32, trees by slot.
-        idx_mapping: [B] int32 or int64, the slot of each request.
+        columns, num_nodes: [4, S, T] and [S] int32, trees by request index.
+        idx_mapping: [B] int32 or int64, the index of each request.
         query_start_loc: [B+1] int32, first token of each request in the flat batch.
         seq_lens: [B] int32, tokens of each request, those of the step included.
         input_ids: [num_tokens] int32, where a request without a tree has its root.
-        last_sampled: [S, 1] int64, the roots of the others, by slot.
+        last_sampled: [S, 1] int64, the roots of the others, by request index.
         counts: [3, B] int32, nodes fed, verified, and of the window's last row with
             logits. A window without those is fed but not harvested.
         ngram_size: [B] int32.
@@ -292,7 +292,7 @@ def feed_trees(
         expect("fed.final_slot", fed.final_slot, (-1,), torch.int64)
         expect("rows.token", rows.token, (-1,), torch.int64)
         expect("rows.node", rows.node, rows.token.shape, torch.int64)
-        expect("rows.slot", rows.slot, rows.token.shape, torch.int64)
+        expect("rows.index", rows.index, rows.token.shape, torch.int64)
         expect("rows.local", rows.local, rows.token.shape)
         expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
         expect("query_start_loc", query_start_loc, (b + 1,))
@@ -305,7 +305,7 @@ def feed_trees(
         expect("cu_window", cu_window, (b + 1,))
         _fed.add(tensors)
     if not num_trees <= b <= s:
-        raise ValueError(f"{num_trees} trees of {b} requests, but {s} slots")
+        raise ValueError(f"{num_trees} trees of {b} requests, but room for {s}")
     if not b:
         return
     _feed_kernel[(b,)](

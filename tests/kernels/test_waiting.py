@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees by slot and by row: what `TreeStep.feed` says of a batch."""
+"""Trees by request and by step: what `StepTrees.feed` says of a batch."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +19,8 @@ from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree
 from vllm_lookahead.engine.v2.sizes import NGRAM, TREE, VERIFY, RequestSizes
 from vllm_lookahead.engine.v2.sizes import WINDOW as W_ROW
-from vllm_lookahead.engine.v2.step import Plan, TreeStep
-from vllm_lookahead.engine.v2.trees import TreeSlots
+from vllm_lookahead.engine.v2.trees import Plan, StepTrees
+from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -64,16 +64,16 @@ def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTr
     return reference_trees(batch, candidates, window, server.max_tree_size)
 
 
-def flat_batch(slots_of: list[int], num_tokens: list[int], trees: int) -> Any:
+def flat_batch(indices: list[int], num_tokens: list[int], trees: int) -> Any:
     """As much of an `InputBatch` as `feed` reads; 10 tokens before each tree."""
     start = np.cumsum([0, *num_tokens])
-    before = [10] * trees + [0] * (len(slots_of) - trees)
+    before = [10] * trees + [0] * (len(indices) - trees)
     return SimpleNamespace(
-        num_reqs=len(slots_of),
+        num_reqs=len(indices),
         num_tokens=int(start[-1]),
         num_draft_tokens_per_req=np.full(trees, 9),
-        idx_mapping_np=np.array(slots_of),
-        idx_mapping=torch.tensor(slots_of),
+        idx_mapping_np=np.array(indices),
+        idx_mapping=torch.tensor(indices),
         num_scheduled_tokens=np.array(num_tokens, dtype=np.int32),
         query_start_loc=column(start),
         seq_lens=column(before) + column(num_tokens),
@@ -88,37 +88,37 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
     params = LookaheadParams(*server)
     sizes = RequestSizes(SLOTS, params)
     asked: list[dict[str, int]] = [{}, {"lookahead_verification_set_size": 0}, {}]
-    slots_of = [5, 2, 7, 0]  # the last one is prefilled
-    for slot, extra in zip(slots_of, [*asked, {"lookahead": 0}], strict=True):
-        sizes.add_request(slot, SamplingParams(extra_args=extra), chain=False)
+    indices = [5, 2, 7, 0]  # the last one is prefilled
+    for index, extra in zip(indices, [*asked, {"lookahead": 0}], strict=True):
+        sizes.add_request(index, SamplingParams(extra_args=extra), chain=False)
     n, t = params.ngram_size, params.max_tree_size
-    index = np.array(slots_of[:3])
+    of_trees = np.array(indices[:3])
     device = torch.get_default_device()
-    tree = draw_trees(sizes.table[:, index], params, seed=sum(server))
-    slots = TreeSlots(SLOTS, t, device)
+    tree = draw_trees(sizes.table[:, of_trees], params, seed=sum(server))
+    waiting = WaitingTrees(SLOTS, t, device)
     drafts = torch.full((3, n - 1), -7)
-    slots.store(tree, torch.tensor(slots_of[:3]), drafts)
+    waiting.store(tree, torch.tensor(indices[:3]), drafts)
 
-    fed = sizes.table[TREE, index].copy()
+    fed = sizes.table[TREE, of_trees].copy()
     if cut is not None:
         fed = np.minimum(fed, cut) if cut > 0 else np.maximum(fed + cut, 1)
     num_tokens = [*fed.tolist(), 6]
     start = np.cumsum([0, *num_tokens])
     if min(fed) == 1:
         pytest.skip("vLLM would put the request without drafts last")
-    batch = flat_batch(slots_of, num_tokens, trees=3)
+    batch = flat_batch(indices, num_tokens, trees=3)
     plan = Plan.make(batch, sizes, device)
-    step = TreeStep(SLOTS, 64 * SLOTS, params, device)
+    step = StepTrees(SLOTS, 64 * SLOTS, params, device)
     last_sampled = torch.full((SLOTS, 1), -3)
-    last_sampled[slots_of[:3], 0] = tree.tokens[:, 0].long()
-    step.feed(plan, slots, batch, torch.arange(start[-1]), last_sampled)
+    last_sampled[indices[:3], 0] = tree.tokens[:, 0].long()
+    step.feed(plan, waiting, batch, torch.arange(start[-1]), last_sampled)
 
-    rows = step.rows(4)
+    rows = step.trees(4)
     expected_rows: list[list[int]] = []
     refill: list[tuple[int, int]] = []
     for b in range(3):
         real = min(int(tree.num_nodes[b]), int(fed[b]))
-        whole = int(fed[b]) == sizes.table[TREE, index[b]]
+        whole = int(fed[b]) == sizes.table[TREE, of_trees[b]]
         assert rows.num_nodes[b] == real
         assert rows.tokens[b, :real].tolist() == tree.tokens[b, :real].tolist()
         assert rows.parents[b, :real].tolist() == tree.parents[b, :real].tolist()
@@ -129,9 +129,9 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
         assert (rows.kinds[b] == WINDOW).sum() == kept
         assert step.position[b] == 10
         first = int(start[b])
-        most = 1 + int(sizes.table[VERIFY, index[b]]) * (n - 1)
+        most = 1 + int(sizes.table[VERIFY, of_trees[b]]) * (n - 1)
         expected_rows += [[first + i, b * t + i] for i in range(min(most, fed[b]))]
-        width = int(sizes.table[W_ROW, index[b]]) if whole else 0
+        width = int(sizes.table[W_ROW, of_trees[b]]) if whole else 0
         for j in range(width):
             node = real - width + j
             refill.append(
@@ -176,8 +176,11 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
     batch = RequestBatch(table, *one)
     tree = reference_trees(batch, candidates, window, params.max_tree_size)
     assert tree.num_nodes[0] == 6
-    slots, step = TreeSlots(SLOTS, 12, device), TreeStep(SLOTS, 64, params, device)
-    slots.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))
+    waiting, step = (
+        WaitingTrees(SLOTS, 12, device),
+        StepTrees(SLOTS, 64, params, device),
+    )
+    waiting.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))
     pages = BlockPages.allocate(3, 16, params, device)
     ops = TritonOps(params, SLOTS, device)
     for fed in (11, 12):
@@ -185,11 +188,11 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
         plan = Plan.make(batch, sizes, device)
         last_sampled = torch.full((SLOTS, 1), 5)
         step.sampled.fill_(other)
-        step.feed(plan, slots, batch, torch.arange(fed), last_sampled)
+        step.feed(plan, waiting, batch, torch.arange(fed), last_sampled)
         step.sampled[step.row_node[plan.cu_window_np[0] : plan.cu_window_np[1]]] = 8
-        verdict = ops.verify(step.rows(1), step.sampled_rows(1), 3)
+        verdict = ops.verify(step.trees(1), step.sampled_tokens(1), 3)
         requests = plan.batch(table, step.position[:1], step.root[:1])
-        ops.update(pages, requests, step.rows(1), step.sampled_rows(1), verdict)
+        ops.update(pages, requests, step.trees(1), step.sampled_tokens(1), verdict)
         assert not (pages.ring == other).any() and not (pages.window == other).any()
         assert (pages.window == 8).any() == (fed == 12)
 
@@ -198,11 +201,11 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
 def test_no_draft_is_made_up(server: tuple[int, int, int]) -> None:
     """Where trees have fewer nodes than a request has drafts."""
     params, device = LookaheadParams(*server), torch.get_default_device()
-    slots = TreeSlots(SLOTS, params.max_tree_size, device)
-    step = TreeStep(SLOTS, 64, params, device)
+    waiting = WaitingTrees(SLOTS, params.max_tree_size, device)
+    step = StepTrees(SLOTS, 64, params, device)
     drafts = torch.full((2, params.ngram_size - 1), -7)
     with poisoned(plausible=True):
-        slots.store(step.rows(2), torch.tensor([3, 5]), drafts)
+        waiting.store(step.trees(2), torch.tensor([3, 5]), drafts)
     assert not drafts.any()
 
 
@@ -219,24 +222,27 @@ def test_refusals(name: str, change: Any) -> None:
     params, device = LookaheadParams(3, 3, 3), torch.get_default_device()
     sizes = RequestSizes(SLOTS, params)
     sizes.add_request(2, SamplingParams(), chain=False)
-    slots, step = TreeSlots(SLOTS, 12, device), TreeStep(SLOTS, 64, params, device)
+    waiting, step = (
+        WaitingTrees(SLOTS, 12, device),
+        StepTrees(SLOTS, 64, params, device),
+    )
     batch = flat_batch([2], [12], trees=1)
     plan = Plan.make(batch, sizes, device)
     setattr(batch, name, change(getattr(batch, name)))
     with pytest.raises(ValueError, match=f"^{name} is"):
-        step.feed(plan, slots, batch, torch.arange(12), torch.zeros(SLOTS, 1).long())
+        step.feed(plan, waiting, batch, torch.arange(12), torch.zeros(SLOTS, 1).long())
     drafts = torch.zeros(SLOTS, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="^drafts is"):
-        slots.store(step.tree, torch.arange(SLOTS), drafts.int())
+        waiting.store(step.tree, torch.arange(SLOTS), drafts.int())
 
 
 @pytest.mark.parametrize("server", [(3, 3, 3), (2, 2, 3), (0, 2, 0)])
-def test_warming_up_touches_one_slot(server: tuple[int, int, int]) -> None:
+def test_warming_up_touches_one_request(server: tuple[int, int, int]) -> None:
     params = LookaheadParams(*server)
     device = torch.get_default_device()
-    slots = TreeSlots(SLOTS, params.max_tree_size, device)
-    step = TreeStep(SLOTS, 64, params, device)
-    slots.columns.fill_(7)
-    step.warm_up(slots, torch.zeros(1, params.ngram_size - 1, dtype=torch.int64))
-    assert (slots.columns[:, 1:] == 7).all()
+    waiting = WaitingTrees(SLOTS, params.max_tree_size, device)
+    step = StepTrees(SLOTS, 64, params, device)
+    waiting.columns.fill_(7)
+    step.warm_up(waiting, torch.zeros(1, params.ngram_size - 1, dtype=torch.int64))
+    assert (waiting.columns[:, 1:] == 7).all()
     assert not step.position[1:].any() and not step.sampled.any()
