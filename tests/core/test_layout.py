@@ -22,25 +22,25 @@ def laid_out(name: str, seed: int):
     draw = np.random.default_rng(seed)
     num_trees = len(state.batch.root)
     num_requests = num_trees + int(draw.integers(0, 4))
-    rows = np.sort(draw.permutation(num_requests)[:num_trees])
+    requests = np.sort(draw.permutation(num_requests)[:num_trees])
     num_tokens = draw.integers(1, 9, num_requests)
-    flat = lay_out(tree, state.batch, rows, num_tokens, MAX_MODEL_LEN)
-    return state, tree, rows, num_tokens, flat
+    flat = lay_out(tree, state.batch, requests, num_tokens, MAX_MODEL_LEN)
+    return state, tree, requests, num_tokens, flat
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", SHAPES)
 def test_where_everything_lies(name, seed):
-    state, tree, rows, num_tokens, flat = laid_out(name, seed)
+    state, tree, requests, num_tokens, flat = laid_out(name, seed)
     at, logits, final, fed = 0, [], [], []
     for i, tokens in enumerate(num_tokens.tolist()):
         assert (flat.start[i], flat.logits_start[i]) == (at, len(logits))
-        if i not in rows:
+        if i not in requests:
             logits.append(at + tokens - 1)
             final += [True] * tokens
             at += tokens
             continue
-        b = int(np.nonzero(rows == i)[0][0])
+        b = int(np.nonzero(requests == i)[0][0])
         size = int(tree.num_nodes[b])
         last_row = size - int(state.batch.window_size[b])
         kinds, depths = tree.kinds[b].tolist(), tree.depths[b].tolist()
@@ -71,13 +71,13 @@ def test_where_everything_lies(name, seed):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_walk_level_by_level_is_the_walk(name, seed):
-    state, tree, rows, num_tokens, flat = laid_out(name, seed)
+    state, tree, requests, num_tokens, flat = laid_out(name, seed)
     sampled = random_samples(tree, SHAPES[name].vocab, seed)
     verdict = ReferenceOps.verify(tree, sampled, state.n)
-    walk = Walk(tree, rows, flat, state.n)
+    walk = Walk(tree, requests, flat, state.n)
     expected_row = flat.logits_start[1:] - 1
-    expected_row[rows] = flat.logits_start[rows]
-    node_of = dict(zip(rows.tolist(), range(len(rows)), strict=True))
+    expected_row[requests] = flat.logits_start[requests]
+    node_of = dict(zip(requests.tolist(), range(len(requests)), strict=True))
     assert walk.alive.tolist() == list(range(len(num_tokens)))
     for level in range(state.n):
         drawn = np.full(len(walk.alive), 7)  # of the requests without a tree
@@ -90,9 +90,9 @@ def test_a_walk_level_by_level_is_the_walk(name, seed):
         assert np.array_equal(walk.logits_row, expected_row)
         walk.advance(drawn)
         goes_on = verdict.num_emitted.numpy() > level + 1
-        assert walk.alive.tolist() == rows[goes_on].tolist()
+        assert walk.alive.tolist() == requests[goes_on].tolist()
         assert walk.level == level + 1
-    without = np.setdiff1d(np.arange(len(num_tokens)), rows)
+    without = np.setdiff1d(np.arange(len(num_tokens)), requests)
     assert (walk.tokens[without] == [7] + [EMPTY] * (state.n - 1)).all()
     for name in ("tokens", "path", "num_emitted"):
         assert torch.equal(getattr(walk.verdict(), name), getattr(verdict, name).int())

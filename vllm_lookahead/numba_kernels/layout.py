@@ -10,7 +10,7 @@ from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree
 from vllm_lookahead.numba_kernels.jit import kernel
 
 # Columns of what `size_trees` reads.
-ROW, NARROW, POSITION, W, N, G = range(6)
+INDEX, NARROW, POSITION, W, N, G = range(6)
 
 
 @kernel
@@ -74,7 +74,7 @@ def _lay_out_kernel(
     num_nodes,  # [b] int32
     window_size,  # [b] int32
     position,  # [b] int32
-    rows,  # [b] int64, i of each tree, ascending
+    requests,  # [b] int64, i of each tree, ascending
     max_position,
     start,  # [i + 1] in: tokens of each request at i + 1; out, as the rest
     logits_start,
@@ -90,7 +90,7 @@ def _lay_out_kernel(
     start[0] = logits_start[0] = 0
     is_final[:] = True
     for i in range(start.shape[0] - 1):
-        has_tree = b + 1 < rows.shape[0] and rows[b + 1] == i
+        has_tree = b + 1 < requests.shape[0] and requests[b + 1] == i
         b += has_tree
         start[i + 1] = start[i] + (num_nodes[b] if has_tree else start[i + 1])
         if not has_tree:
@@ -126,7 +126,7 @@ def _lay_out_kernel(
 def lay_out(
     tree: DraftTree,
     batch: RequestBatch,
-    rows: np.ndarray,
+    requests: np.ndarray,
     num_tokens: np.ndarray,
     max_model_len: int,
 ) -> FlatTrees:
@@ -134,7 +134,7 @@ def lay_out(
 
     Args:
         tree, batch: of the trees.
-        rows: [b] int64, i of each, ascending.
+        requests: [b] int64, i of each, ascending.
         num_tokens: [i] int64 scheduled; those of a request with a tree are not read.
         max_model_len: bound of a position.
     """
@@ -142,7 +142,7 @@ def lay_out(
     num_nodes = tree.num_nodes.numpy()
     start = np.empty(num_requests + 1, np.int64)
     start[1:] = num_tokens
-    total = int(num_tokens.sum() - num_tokens[rows].sum() + num_nodes.sum())
+    total = int(num_tokens.sum() - num_tokens[requests].sum() + num_nodes.sum())
     flat = FlatTrees(
         start,
         np.empty(num_requests + 1, np.int64),
@@ -163,7 +163,7 @@ def lay_out(
         num_nodes,
         batch.window_size.numpy(),
         batch.position.numpy(),
-        rows,
+        requests,
         max_model_len - 1,
         *vars(flat).values(),
     )

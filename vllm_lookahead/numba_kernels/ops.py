@@ -18,7 +18,7 @@ from vllm_lookahead.numba_kernels import (
     verify,
     write,
 )
-from vllm_lookahead.numba_kernels.layout import ROW, feed_trees, lay_out, size_trees
+from vllm_lookahead.numba_kernels.layout import INDEX, feed_trees, lay_out, size_trees
 from vllm_lookahead.numba_kernels.walk import Walk
 from vllm_lookahead.params import LookaheadParams
 
@@ -92,9 +92,9 @@ def warm_up(
     own = params.window_size, params.ngram_size, params.verification_set_size
     requests = np.array([(0, params.ngram_size, 1, *own)])
     size_trees(requests, 0, block_size, block_size, False)
-    rows = requests[:, ROW].copy()
-    flat = lay_out(tree, batch, rows, np.ones(1, np.int64), block_size)
-    Walk(tree, rows, flat, params.ngram_size).advance(np.zeros(1, np.int64))
+    indices = requests[:, INDEX].copy()
+    flat = lay_out(tree, batch, indices, np.ones(1, np.int64), block_size)
+    Walk(tree, indices, flat, params.ngram_size).advance(np.zeros(1, np.int64))
     longs = [np.empty(size, np.int64) for _ in range(2)]
     ints = [np.empty(size + 1, np.int32) for _ in range(4)]
     table = batch.block_table.numpy()

@@ -16,7 +16,7 @@ def _advance_kernel(
     tree_tokens,  # [b, T] int32
     parents,  # [b, T] int32
     kinds,  # [b, T] int32
-    rows,  # [b] int64
+    requests,  # [b] int64, i of each tree
     logits_node,  # [b, T] int64
     drawn,  # [n] int64
     level,
@@ -31,8 +31,8 @@ def _advance_kernel(
     for k in range(drawn.shape[0]):
         tokens[alive[k], level] = drawn[k]
     count = 0
-    for b in range(rows.shape[0]):
-        at, i = path[b, level], rows[b]
+    for b in range(requests.shape[0]):
+        at, i = path[b, level], requests[b]
         if at == EMPTY:
             continue
         emitted[b, level], num_emitted[b] = tokens[i, level], level + 1
@@ -65,9 +65,9 @@ class Walk:
     """
 
     def __init__(
-        self, tree: DraftTree, rows: np.ndarray, flat: FlatTrees, max_emitted: int
+        self, tree: DraftTree, requests: np.ndarray, flat: FlatTrees, max_emitted: int
     ) -> None:
-        num_requests, num_trees = len(flat.start) - 1, len(rows)
+        num_requests, num_trees = len(flat.start) - 1, len(requests)
         drawn = np.full((num_requests + 2 * num_trees, max_emitted), EMPTY, np.int32)
         self.tokens = drawn[:num_requests]
         self._emitted, self._path = drawn[num_requests:].reshape(2, num_trees, -1)
@@ -78,7 +78,7 @@ class Walk:
         self.alive = self._alive = np.arange(num_requests)
         self.level = 0
         columns = tree.tokens.numpy(), tree.parents.numpy(), tree.kinds.numpy()
-        self._tree = *columns, rows, flat.logits_node
+        self._tree = *columns, requests, flat.logits_node
 
     def advance(self, drawn: np.ndarray) -> None:
         """Step into the candidates that carry the tokens drawn.

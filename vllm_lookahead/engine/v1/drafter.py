@@ -18,9 +18,9 @@ from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
 from vllm_lookahead.engine.v1.trees import StepTrees, rejected_nodes
 from vllm_lookahead.numba_kernels.layout import (
+    INDEX,
     NARROW,
     POSITION,
-    ROW,
     lay_out,
     size_trees,
 )
@@ -100,7 +100,7 @@ class TreeDrafter:
         cramped = [request_id in output.cramped for request_id in ids]
         max_nodes[cramped] = np.minimum(max_nodes, table[:, NARROW])[cramped]
         # Contiguous, for kernels are compiled by layout.
-        requests, position = table[:, ROW].copy(), table[:, POSITION]
+        requests, position = table[:, INDEX].copy(), table[:, POSITION]
         # The tree's own slots included: accepted nodes move out of them.
         num_blocks = -(-int((position + max_nodes).max()) // pages.block_size)
         block_table = inputs.block_table[0].block_table.np[requests, :num_blocks]
