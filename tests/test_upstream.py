@@ -70,6 +70,35 @@ def test_a_seam_that_moves_is_named(
     assert upstream.moved(before, upstream.fingerprints(tmp_path)[1]) == seams
 
 
+ABSTRACT = """
+class B:
+    size = 3
+    @abstractmethod
+    def get(self): ...
+"""
+
+
+def test_a_class_that_gains_an_abstract_method_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "taken", lambda: ["vllm.a:B"])
+    write(tmp_path, a=ABSTRACT)
+    _, before = upstream.fingerprints(tmp_path)
+    write(tmp_path, a=ABSTRACT.replace("...", "return 1"))  # code, and no signature
+    assert upstream.moved(before, upstream.fingerprints(tmp_path)[1]) == []
+    more = "    @abstractmethod\n    def get_more(self): ...\n"
+    write(tmp_path, a=ABSTRACT + more)
+    moved = upstream.moved(before, upstream.fingerprints(tmp_path)[1])
+    assert moved == ["vllm.a:B: its code changed"]
+
+
+def test_the_versions_differ_where_one_broke_the_other() -> None:
+    """vLLM 0.33 gave asynchronous outputs a method that every one must have."""
+    record = json.loads(upstream.RECORD.read_text())
+    name = "vllm.v1.outputs:AsyncModelRunnerOutput"
+    assert record["0.32.0"][name] != record["0.33.0"][name]
+
+
 def test_imports_subclasses_patches_and_calls_are_taken() -> None:
     """Of each kind one that lookahead could not run without."""
     taken = upstream.taken()

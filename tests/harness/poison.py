@@ -19,36 +19,42 @@ from triton.runtime.interpreter import (
     _get_np_dtype,
 )
 
-# Bytes of NaN as a float of any size; as an integer a large number, for -1 is EMPTY.
-FLOAT, INTEGER = 0xFF, 0x5A
+# Bytes of a large integer: as an index out of reach, as a token nobody's.
+LARGE = 0x5A
+
+
+def draw_garbage(draw: np.random.Generator, shape: Any, dtype: np.dtype) -> np.ndarray:
+    """Integers that are large, or may pass for a lane, a kind, a depth or EMPTY."""
+    size = int(np.prod(shape))
+    large = np.full(dtype.itemsize, LARGE, np.uint8).view(dtype)
+    kinds = [
+        np.full(size, large),
+        np.arange(size).astype(dtype),
+        draw.integers(-1, 5, size).astype(dtype),
+    ]
+    return np.choose(draw.integers(0, len(kinds), size), kinds).reshape(shape)
 
 
 @contextmanager
-def poisoned(plausible: bool = False) -> Iterator[None]:
+def poisoned(seed: int = 0) -> Iterator[None]:
     """Kernels and `torch.empty` find garbage wherever nothing was written.
 
-    That is NaN for floats; for integers 0x5A.. in a masked load, the largest one in new
-    memory.
-
-    Args:
-        plausible: a lane that is masked out holds its own number instead, which may
-            pass for a kind, a depth or an index.
+    That is NaN for floats; for integers in a masked load whatever `draw_garbage` gives,
+    in new memory the largest one.
     """
-    load = InterpreterBuilder.create_masked_load
+    load, draw = InterpreterBuilder.create_masked_load, np.random.default_rng(seed)
 
     def poisoned_load(
         builder: Any, ptrs: Any, mask: Any, other: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if other is None and not mask.data.all():
-            dtype = ptrs.get_element_ty()
-            byte = FLOAT if dtype.is_floating() else INTEGER
-            one = _get_np_dtype(dtype)
-            garbage = np.full(one.itemsize, byte, np.uint8).view(one)
-            shape = ptrs.data.shape
-            data = np.full(shape, garbage)
-            if plausible and not dtype.is_floating():
-                data = np.arange(data.size).astype(one).reshape(shape)
-            other = TensorHandle(data, dtype)
+            dtype, shape = ptrs.get_element_ty(), ptrs.data.shape
+            one = np.dtype(_get_np_dtype(dtype))
+            if dtype.is_floating():
+                garbage = np.full(one.itemsize, 0xFF, np.uint8).view(one)
+                other = TensorHandle(np.full(shape, garbage), dtype)
+            else:
+                other = TensorHandle(draw_garbage(draw, shape, one), dtype)
         return load(builder, ptrs, mask, other, *args, **kwargs)
 
     deterministic = torch.are_deterministic_algorithms_enabled()

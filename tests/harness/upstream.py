@@ -5,12 +5,11 @@
 
 Taken are: every name imported from vLLM, every method that a subclass overrides, every
 patched symbol, and `CALLED`. A fingerprint has the signature and a hash of the code
-without comments and docstrings. Nothing of vLLM is imported, so that versions which
-cannot run here are read, too.
+without comments and docstrings; a class's has the signatures of its methods. Nothing of
+vLLM is imported, so that versions which cannot run here are read, too.
 """
 
 import ast
-import copy
 import hashlib
 import json
 import sys
@@ -22,24 +21,44 @@ from pathlib import Path
 RECORD = Path(__file__).with_name("upstream.json")
 PACKAGE = Path(__file__).parents[2] / "vllm_lookahead"
 GPU = "vllm.v1.worker.gpu"
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
 # What is reached through objects or at run time, where no import shows it.
 CALLED = [
     *(
         f"{GPU}.model_runner:GPUModelRunner.{name}"
-        for name in ("__init__", "postprocess_sampled", "_dummy_run")
+        for name in (
+            "__init__",
+            "_dummy_run",
+            "_set_active_loras",
+            "postprocess_sampled",
+            "profile_cudagraph_memory",
+        )
     ),
+    f"{GPU}.cudagraph_utils:prepare_inputs_to_capture",
+    *(
+        f"vllm.v1.attention.backends.{module}:{name}.{method}"
+        for module, kind in (
+            ("flash_attn", "FlashAttention"),
+            ("flashinfer", "FlashInfer"),
+            ("flex_attention", "FlexAttention"),
+            ("triton_attn", "TritonAttention"),
+        )
+        for name, method in (
+            (f"{kind}Impl", "__init__"),
+            (f"{kind}Impl", "forward"),
+            (f"{kind}Impl", "do_kv_cache_update"),
+            (f"{kind}MetadataBuilder", "build"),
+            (f"{kind}MetadataBuilder", "build_for_cudagraph_capture"),
+            (f"{kind}MetadataBuilder", "get_cudagraph_support"),
+        )
+    ),
+    "vllm.model_executor.layers.attention:Attention.forward",
     f"{GPU}.block_table:BlockTables.gather_block_tables",
     f"{GPU}.cudagraph_utils:ModelCudaGraphManager.capture",
     f"{GPU}.sample.sampler:Sampler.sample",
     f"{GPU}.sample.sampler:Sampler.get_logprobs_dims",
     f"{GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
     f"{GPU}.warmup:warmup_kernels",
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build",
-    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
-    "vllm.v1.attention.backends.flashinfer:FlashInferMetadataBuilder.build",
-    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
-    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
     "vllm.v1.core.sched.scheduler:Scheduler.__init__",
     "vllm.v1.structured_output:StructuredOutputManager.grammar_bitmask",
@@ -52,12 +71,12 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tree = cache(self._tree)
+        self.tree = cache(lambda module: ast.parse("\n".join(self.lines(module))))
 
-    def _tree(self, module: str) -> ast.Module:
+    def lines(self, module: str) -> list[str]:
         path = self.folder.joinpath(*module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        return ast.parse(file.read_text())
+        return file.read_text().split("\n")
 
     def find(self, symbol: str) -> tuple[str, ast.AST] | None:
         """The module and the definition of "module:Class.name", if there is one.
@@ -109,7 +128,8 @@ class Source:
             if getattr(node, "name", None) == name:
                 return module, node
         for base in getattr(owner, "bases", []):
-            found = self.find(f"{module}:{ast.unparse(base)}.{name}")
+            base_name = ast.unparse(base).split("[")[0]  # of a generic class
+            found = self.find(f"{module}:{base_name}.{name}")
             if found:
                 return found
         return None
@@ -120,20 +140,38 @@ class Source:
         return ast.literal_eval(line.split("=")[-1].strip())
 
 
-def fingerprint(node: ast.AST) -> list[str]:
-    """The signature, or the kind of what has none, and a hash of the code."""
-    node, kind = copy.deepcopy(node), type(node).__name__
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+def fingerprint(node: ast.AST, lines: list[str]) -> list[str]:
+    """The signature, or the kind of what has none, and a hash of the code.
+
+    Args:
+        node: a definition, as `Source.find` gives it.
+        lines: of its module. They are hashed, for what Python makes of a tree depends
+            on Python's version.
+    """
+    kind = type(node).__name__
+    if isinstance(node, FUNCTION):
         kind = ast.unparse(node.args)
-    if isinstance(node, ast.ClassDef):
-        # Of a class what it is made of; its methods are symbols of their own.
-        node.body = [x for x in node.body if not isinstance(x, ast.FunctionDef)]
-        node.body = node.body or [ast.Pass()]
+    wanted = _lines_of(node)
     for inner in ast.walk(node):
         body = getattr(inner, "body", None)
-        if isinstance(body, list) and len(body) > 1 and _is_text(body[0]):
-            del body[0]
-    return [kind, hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:12]]
+        if isinstance(body, list) and body and _is_text(body[0]):
+            wanted -= _lines_of(body[0])
+    if isinstance(node, ast.ClassDef):
+        # Of a method what callers and subclasses see; its code is a symbol of its own.
+        for method in node.body:
+            if isinstance(method, FUNCTION):
+                wanted -= set(range(method.body[0].lineno, method.end_lineno + 1))
+    code = [lines[i - 1].split("  # ")[0].strip() for i in sorted(wanted)]
+    text = "\n".join(line for line in code if line and not line.startswith("#"))
+    return [kind, hashlib.sha256(text.encode()).hexdigest()[:12]]
+
+
+def _lines_of(node: ast.AST) -> set[int]:
+    """Numbers of a statement's lines, those of its decorators included."""
+    if not hasattr(node, "lineno"):
+        return set()
+    above = [x.lineno for x in getattr(node, "decorator_list", [])]
+    return set(range(min([node.lineno, *above]), node.end_lineno + 1))
 
 
 def _is_text(statement: ast.AST) -> bool:
@@ -155,7 +193,7 @@ def taken() -> list[str]:
 def _imported_and_overridden(tree: ast.Module) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("vllm."):
             for alias in node.names:
                 symbol = f"{node.module}:{alias.name}"
                 names.setdefault(alias.asname or alias.name, []).append(symbol)
@@ -181,7 +219,10 @@ def fingerprints(folder: Path) -> tuple[str, dict[str, list[str]]]:
     """
     source = Source(folder)
     found = {symbol: source.find(symbol) for symbol in taken()}
-    prints = {symbol: fingerprint(x[1]) for symbol, x in found.items() if x}
+    prints = {
+        symbol: fingerprint(node, source.lines(module))
+        for symbol, (module, node) in ((s, x) for s, x in found.items() if x)
+    }
     return source.version(), prints
 
 

@@ -204,9 +204,10 @@ def test_no_draft_is_made_up(server: tuple[int, int, int]) -> None:
     waiting = WaitingTrees(SLOTS, params.max_tree_size, device)
     step = StepTrees(SLOTS, 64, params, device)
     drafts = torch.full((2, params.ngram_size - 1), -7)
-    with poisoned(plausible=True):
-        waiting.store(step.trees(2), torch.tensor([3, 5]), drafts)
-    assert not drafts.any()
+    for seed in range(100):
+        with poisoned(seed):
+            waiting.store(step.trees(2), torch.tensor([3, 5]), drafts)
+        assert not drafts.any()
 
 
 @pytest.mark.parametrize(
