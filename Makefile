@@ -37,7 +37,9 @@ test-next: $(INSTALLED) .vllm-$(NEXT)
 		tests/test_upstream.py tests/test_patches.py tests/test_plugin.py \
 		tests/test_config.py tests/test_cli.py tests/test_scheduler.py
 
+# Its server imports one package more than that of the vLLM installed.
 .vllm-$(NEXT): $(INSTALLED_VLLM)
+	$(PIP) install orjson
 	$(BIN)/python tools/unpack_vllm.py $(NEXT) $@
 
 lint: $(INSTALLED)

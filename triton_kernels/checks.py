@@ -9,15 +9,38 @@ from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
 
 INTEGERS = (torch.int32, torch.int64)
-# Private to PyTorch: where it is gone, a launcher always looks closely.
-TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+
+def _guards(tensors: tuple[torch.Tensor, ...]) -> Any:
+    """What tells whether tensors look like these: dtype, device, shape, strides."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(x.shape) for x in tensors],
+        dynamic_dims_strides=[list(x.stride()) for x in tensors],
+    )
+
+
+def _has_guards() -> bool:
+    """They are private to PyTorch: where they are gone, a launcher looks closely."""
+    like, other = torch.zeros(2), torch.zeros(3)
+    try:
+        guards = _guards((like,))
+        return guards.check(like) and not guards.check(other)
+    except Exception:
+        return False
+
+
+HAS_GUARDS = _has_guards()
 
 
 class Checked:
     """Tensors that a launcher has found right, known again by what they look like.
 
     That is dtype, device, shape and strides, which PyTorch's guards compare faster than
-    Python asks for them: a launcher looks closely once per configuration.
+    Python asks for them: a launcher looks closely once per configuration. Of those that
+    differ in more than the shape of the last tensor, the latest one is known.
     """
 
     MOST = 512
@@ -30,15 +53,11 @@ class Checked:
         return guards is not None and guards.check(*tensors)
 
     def add(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        if TensorGuards is None:
+        if not HAS_GUARDS:
             return
         if len(self._guards) == self.MOST:
             self._guards.clear()
-        self._guards[len(tensors), tensors[-1].shape] = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(x.shape) for x in tensors],
-            dynamic_dims_strides=[list(x.stride()) for x in tensors],
-        )
+        self._guards[len(tensors), tensors[-1].shape] = _guards(tensors)
 
 
 def expect(

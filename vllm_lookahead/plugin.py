@@ -26,11 +26,16 @@ def register() -> None:
         _explain(error)
 
 
+def _names_method(argument: str) -> bool:
+    """Whether an argument of the command line is the method, or JSON that names it."""
+    return argument.split("=")[-1] == METHOD or f'"{METHOD}"' in argument
+
+
 def _explain(error: Exception) -> None:
     """Tell whoever asks for lookahead, and nobody else, why it is not there."""
     reason = f"lookahead could not be installed in this vLLM: {error!r}"
     # `vllm serve` may fail on the option before it makes a configuration.
-    asked = any(METHOD in argument for argument in sys.argv[1:])
+    asked = any(_names_method(argument) for argument in sys.argv[1:])
     level = logging.WARNING if asked else logging.DEBUG
     logging.getLogger("vllm.lookahead").log(level, reason)
     try:

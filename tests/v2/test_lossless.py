@@ -132,6 +132,15 @@ def test_logprobs(engines: Engines) -> None:
     text = prompts(1, seed=9)[0]
     jobs = [[request(text, logprobs=2), request(text, temperature=0.7, seed=3)]]
     jobs += [[request(text, logprobs=0, prompt_logprobs=1), request(text, logprobs=3)]]
+    # Fewer rows of logits than N for each request: they are scored in parts.
+    off = {"lookahead": 0}
+    narrow = {"lookahead_window_size": 0, "lookahead_ngram_size": 2}
+    jobs += [
+        [
+            request(text, logprobs=2, extra_args=narrow),
+            *(request(text, logprobs=i, extra_args=off) for i in range(3)),
+        ]
+    ]
     plain, result = engines.run(jobs), same_as_plain(engines, jobs)
     same_logprobs(plain, result)
 

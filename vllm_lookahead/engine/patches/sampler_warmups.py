@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
 from vllm_lookahead.params import METHOD
@@ -23,8 +23,9 @@ TARGET = "vllm.v1.sample.ops.topk_topp_sampler:register_top_k_top_p_warmups"
 def wrap(original: Callable[[], None]) -> Callable[[], None]:
     @wraps(original)
     def register_top_k_top_p_warmups() -> None:
-        config: Any = get_current_vllm_config().speculative_config
-        is_lookahead = config is not None and config.method == METHOD
+        config: Any = get_current_vllm_config_or_none()
+        speculative = config and config.speculative_config
+        is_lookahead = speculative is not None and speculative.method == METHOD
         if not (is_lookahead and current_platform.is_cuda()):
             original()
 

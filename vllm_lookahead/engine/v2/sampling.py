@@ -104,8 +104,8 @@ class TreeSampler:
                 torch.cat([v.num_emitted for v in verdicts]),
             )
             if logprobs is not None:
-                count = plan.num_requests * verdict.path.shape[1] + 1
-                cu_tokens = list(range(0, count, verdict.path.shape[1]))
+                b, n = verdict.path.shape
+                cu_tokens = list(range(0, b * n + 1, n))
                 logprobs = LogprobsTensors.cat(all_logprobs, cu_tokens)
             if num_nans is not None:
                 num_nans = torch.cat(all_nans)
@@ -248,19 +248,32 @@ def _path_logprobs(
     first: int,
     end: int,
 ) -> LogprobsTensors:
-    """Scores of the emitted tokens, N rows per request."""
+    """Scores of the emitted tokens, N rows per request.
+
+    The rows are copied for as many requests at once as the logits have room for.
+    """
     num_logprobs, max_token_ids = logprobs_dims
     b, n = verdict.path.shape
-    rows = (cu_rows[:-1, None] + verdict.path.clamp(min=0)).view(-1).long()
-    return compute_topk_scores(
-        logits[rows],
-        num_logprobs,
-        verdict.tokens.clamp(min=0).long().view(-1),
-        list(range(0, b * n + 1, n)),
-        logprob_token_ids_state=sampler.logprob_token_ids_state,
-        expanded_idx_mapping=input_batch.idx_mapping[first:end].repeat_interleave(
-            n, output_size=b * n
-        ),
-        max_per_req_token_ids=max_token_ids,
-        logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
-    )
+    rows = (cu_rows[:-1, None] + verdict.path.clamp(min=0)).long()
+    tokens = verdict.tokens.clamp(min=0).long()
+    index = input_batch.idx_mapping[first:end]
+    at_once = max(1, len(logits) // n)
+    parts = []
+    for at in range(0, b, at_once):
+        some = slice(at, at + at_once)
+        count = len(index[some])
+        parts.append(
+            compute_topk_scores(
+                logits[rows[some].view(-1)],
+                num_logprobs,
+                tokens[some].view(-1),
+                list(range(0, count * n + 1, n)),
+                logprob_token_ids_state=sampler.logprob_token_ids_state,
+                expanded_idx_mapping=index[some].repeat_interleave(
+                    n, output_size=count * n
+                ),
+                max_per_req_token_ids=max_token_ids,
+                logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+            )
+        )
+    return LogprobsTensors.cat(parts, list(range(0, b * n + 1, n)))

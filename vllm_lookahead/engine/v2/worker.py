@@ -29,7 +29,10 @@ class LookaheadWorker(BaseWorker):
         return LookaheadModelRunner(self.vllm_config, self.device)
 
     def init_device(self) -> None:
-        install(["sampler_warmups"])
+        try:
+            install(["sampler_warmups"])
+        except Exception as error:  # the engine starts, if two minutes later
+            logger.warning("vLLM's sampler will be warmed up for nothing: %r", error)
         if not current_platform.is_cpu():
             super().init_device()
             return
