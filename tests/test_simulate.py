@@ -36,8 +36,9 @@ def served(model, request, tmp_path_factory):
     records = load_records(
         model, [PROMPT], MAX_TOKENS, request.param, folder / "records.pt"
     )
-    bigrams = load_bigrams(model, records, folder / "bigrams.npz")
-    return Oracle(model, records[0]), bigrams
+    alone = load_bigrams(model, records, [], folder / "alone.npz")
+    after = load_bigrams(model, records, [4], folder / "after.npz")
+    return Oracle(model, records[0]), (alone, after)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.simulate.protocol import Bigrams
 from benchmarks.simulate.record import Model, Oracle
 from benchmarks.simulate.run import Served, oracles, serve
 from benchmarks.simulate.strategies import BASELINES, settings
@@ -41,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 def measure(
     served: list[Oracle],
-    bigrams: tuple[np.ndarray, np.ndarray],
+    bigrams: tuple[Bigrams, Bigrams],
     name: str,
     budget: int,
     max_tokens: int,

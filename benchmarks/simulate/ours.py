@@ -40,8 +40,9 @@ class Ours:
         num_blocks = -(-room // BLOCK_SIZE)
         self.pages = BlockPages.allocate(num_blocks, BLOCK_SIZE, self.params)
         self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
-        self.bigrams = torch.from_numpy(request.bigrams)
-        self.bigram_logits = torch.from_numpy(request.bigram_logits)
+        self.bigrams = torch.from_numpy(request.alone.ids)
+        # Among each other, as `core.bigrams.model_bigrams` has them.
+        self.bigram_logits = torch.from_numpy(request.alone.logprobs).log_softmax(-1)
         self.position, self.root = len(request.prompt), request.first
         self.rejected, self.emitted = Rejected.none(1), 1
         self._write(0, request.prompt)
@@ -102,7 +103,7 @@ class Ours:
     def _rejected(self, answers: Answers, num_emitted: torch.Tensor) -> Rejected:
         """Logits that were not kept are as low as the least that was."""
         logits = torch.from_numpy(answers.logprobs[:, -1:]).repeat(
-            1, self.request.bigrams.shape[0]
+            1, self.bigrams.shape[0]
         )
         logits.scatter_(
             1,

@@ -83,6 +83,19 @@ class NoiseOf(Protocol):
 
 
 @dataclass
+class Bigrams:
+    """Successors of each token by the model, where they were asked for.
+
+    Attributes:
+        ids: [V, R] int32, the likeliest first; -1 where they are not known.
+        logprobs: [V, R] float32.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass
 class Request:
     """What is known when the drafting begins.
 
@@ -93,7 +106,8 @@ class Request:
         temperature: 0 for greedy.
         noise: the sampler's.
         seeds: what the noise is keyed by.
-        bigrams, bigram_logits: [V, R] as `core.bigrams.model_bigrams`.
+        alone: bigrams of each token alone, as the engine asks for them.
+        after: bigrams of each token after a token of punctuation.
         max_tokens: of the output.
         ask: answers all nodes of a tree below the token at a position.
         seed: of a strategy's own draws.
@@ -105,8 +119,8 @@ class Request:
     temperature: float
     noise: NoiseOf
     seeds: np.ndarray
-    bigrams: np.ndarray
-    bigram_logits: np.ndarray
+    alone: Bigrams
+    after: Bigrams
     max_tokens: int
     ask: Callable[[int, Tree], Answers]
     seed: int = 0

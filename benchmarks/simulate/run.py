@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import benchmarks.prompts as prompt_sets
 from benchmarks.simulate.bigrams import load_bigrams
-from benchmarks.simulate.protocol import Answers, Request, Strategy, Tree
+from benchmarks.simulate.protocol import Answers, Bigrams, Request, Strategy, Tree
 from benchmarks.simulate.record import Model, Oracle, load_records
 
+# What tokens follow when they are asked for their bigrams: anything that takes the
+# attention which a text's first token draws.
+BEFORE = ","
 CACHE = Path(".models") / "records"
 
 
@@ -49,7 +50,7 @@ def serve(
     make: Callable[[Request], Strategy],
     budget: int,
     max_tokens: int,
-    bigrams: tuple[np.ndarray, np.ndarray],
+    bigrams: tuple[Bigrams, Bigrams],
     watch: Watch | None = None,
 ) -> Served:
     """Decode until an EOS id or `max_tokens`.
@@ -109,7 +110,7 @@ def oracles(
     temperature: float,
     num_prompts: int,
     max_tokens: int,
-) -> tuple[list[Oracle], tuple[np.ndarray, np.ndarray]]:
+) -> tuple[list[Oracle], tuple[Bigrams, Bigrams]]:
     """Recorded requests of a data set through the chat template, and bigrams."""
     from transformers import AutoTokenizer
 
@@ -124,5 +125,11 @@ def oracles(
     name = Path(path).name
     file = CACHE / f"{name}-{dataset}-{temperature:g}-{max_tokens}.pt"
     records = load_records(model, prompts, max_tokens, temperature, file)
-    bigrams = load_bigrams(model, records, CACHE / f"{name}-bigrams.npz")
-    return [Oracle(model, record) for record in records], bigrams
+    alone, after = (
+        load_bigrams(model, records, prefix, CACHE / f"{name}-bigrams-{kind}.npz")
+        for kind, prefix in (
+            ("alone", tokenizer("")["input_ids"]),
+            ("after", tokenizer(BEFORE)["input_ids"]),
+        )
+    )
+    return [Oracle(model, record) for record in records], (alone, after)

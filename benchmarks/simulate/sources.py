@@ -41,6 +41,7 @@ class Options:
     Attributes:
         history: what followed the last token in prompt and output.
         bigrams: the model's successors of a token alone.
+        alone: those successors are of a token that nothing precedes.
         noise: the sampler's.
         rejected: logits of the last step's rejected nodes at the same depth.
         alternatives: R, likeliest tokens kept beside each place of the text; 0: none.
@@ -54,6 +55,7 @@ class Options:
 
     history: bool = True
     bigrams: bool = True
+    alone: bool = False
     noise: bool = True
     rejected: bool = True
     alternatives: int = 8
@@ -87,7 +89,6 @@ class Knowledge:
     )
 
     def __post_init__(self) -> None:
-        self.vocab_size = len(self.request.bigrams)
         self._bigrams: dict[int, Row] = {}
         for token in self.request.text:
             self._append(token)
@@ -146,7 +147,8 @@ class Knowledge:
         known = self._bigrams.get(token)
         if known is None:
             request = self.request
-            known = row(request.bigrams[token], request.bigram_logits[token], 16)
+            table = request.alone if self.options.alone else request.after
+            known = row(table.ids[token], table.logprobs[token], len(table.ids[token]))
             self._bigrams[token] = known
         return known
 
