@@ -22,11 +22,12 @@ from benchmarks.simulate.protocol import Answers, Strategy, Tree
 from benchmarks.simulate.record import Model, Oracle
 from benchmarks.simulate.run import oracles, serve
 from benchmarks.simulate.strategies import WEIGHTS, options
+from benchmarks.simulate.strategies import weights as fitted_weights
 from benchmarks.simulate.table import calibration
 
 NAMES = list(START)
 # Per sample: keeps weights that the samples say nothing about where they are.
-RIDGE = 1e-4
+RIDGE = 1e-3
 
 
 class Samples:
@@ -123,6 +124,7 @@ def parse() -> argparse.Namespace:
     add("--datasets", default="humaneval,gsm8k,mt-bench")
     add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--strategies", default="forest")
+    add("--start", default="", help="strategy whose weights grow the first trees")
     add("--budgets", default="32")
     add("--temperatures", default="0,0.8")
     add("--skip-prompts", type=int, default=4, help="those that are measured")
@@ -151,7 +153,7 @@ def main() -> None:
             )
             requests += found[args.skip_prompts :]
     for name in args.strategies.split(","):
-        weights: Weights = START
+        weights: Weights = fitted_weights(args.start)
         for _ in range(args.rounds):
             samples, tested = Samples(), Samples()
             for i, oracle in enumerate(requests):

@@ -36,19 +36,15 @@ def _cell(cells: Cells, strategy: str, budget: int) -> dict[str, Any] | None:
 
 
 def ratios(
-    results: dict[tuple[str, float], Cells], new: str, budget: int, temperature: float
+    results: dict[tuple[str, float], Cells], new: str, budget: int
 ) -> list[float]:
-    """S of a strategy over the best single other's, a number per data set.
-
-    The best single one is the one whose mean over the data sets is highest in the
-    comparison of means; here it is the best one of each data set.
-    """
+    """S of a strategy over that of the best other on the data set, for each of them."""
     out = []
-    for (_, at), cells in results.items():
+    for cells in results.values():
         ours = _cell(cells, new, budget)
         theirs = [_cell(cells, other, budget) for other in OTHERS]
         known = [cell["S"] for cell in theirs if cell]
-        if at == temperature and ours and known:
+        if ours and known:
             out.append(ours["S"] / max(known))
     return out
 
@@ -68,6 +64,11 @@ def print_tables(
                 text = f"{cell['S']:.2f} @{cell['mean nodes']:.0f}" if cell else "-"
                 line += f"{text:>12}"
             print(f"{strategy:28}{line}")
+        for new in (name for name in strategies if name in NEW):
+            here = {(dataset, temperature): cells}
+            each = [ratios(here, new, budget) for budget in budgets]
+            line = "".join(f"{r[0] if r else math.nan:12.2f}" for r in each)
+            print(f"{f'{new} over best other':28}{line}")
     for temperature in sorted({t for _, t in results}):
         of = {key: cells for key, cells in results.items() if key[1] == temperature}
         print(f"\ntemperature {temperature:g}: mean S over data sets\n{'':28}{head}")
@@ -84,20 +85,26 @@ def print_tables(
             for label, reduce in (("mean", np.mean), ("least", min)):
                 line = ""
                 for budget in budgets:
-                    over = ratios(results, new, budget, temperature)
+                    over = ratios(of, new, budget)
                     line += f"{reduce(over) if over else math.nan:12.3f}"
                 print(f"{f'{new} over best other, {label}':28}{line}")
-            print_calibration(of, new, budgets)
+        for strategy in strategies:
+            print_calibration(of, strategy, budgets)
 
 
 def print_calibration(
     results: dict[tuple[str, float], Cells], strategy: str, budgets: list[int]
 ) -> None:
     """Share accepted less estimate of each tenth, over the data sets, in points."""
-    print(f"{strategy}: accepted less estimated, in points, by tenth of the estimate")
     for budget in budgets:
         found = [_cell(cells, strategy, budget) for cells in results.values()]
-        tables = [cell["calibration"] for cell in found if cell]
+        tables = [
+            cell["calibration"] for cell in found if cell and "calibration" in cell
+        ]
+        if not tables:
+            return
+        if budget == budgets[0]:
+            print(f"{strategy}: accepted less estimated, in points, by tenth")
         line = ""
         for rows in zip(*tables, strict=True):
             nodes = sum(row["nodes"] for row in rows)
