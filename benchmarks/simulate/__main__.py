@@ -113,7 +113,7 @@ def main() -> None:
                             f"{cell['settings'] if cell['setting'] else ''}",
                             flush=True,
                         )
-                    file.write_text(json.dumps(raw) + "\n")
+                        file.write_text(json.dumps(raw) + "\n")
             results[dataset, temperature] = raw["cells"]
     print_tables(results, strategies, budgets)
 
