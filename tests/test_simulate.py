@@ -51,6 +51,7 @@ def served(model, request, tmp_path_factory):
         "paper",
         "propose",
         "grow",
+        "propose+after",
         "forest",
         "forest+window-recycled",
         "levels",

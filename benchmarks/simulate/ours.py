@@ -27,10 +27,15 @@ class Ours:
     Args:
         sizes: W, N and G.
         grows: whether trees are grown best first.
+        after: whether bigrams are those after punctuation, and not today's.
     """
 
     def __init__(
-        self, request: Request, sizes: tuple[int, int, int], grows: bool
+        self,
+        request: Request,
+        sizes: tuple[int, int, int],
+        grows: bool,
+        after: bool = False,
     ) -> None:
         self.ops: Any = NumbaOps() if grows else TorchOps()
         self.params = LookaheadParams(*sizes)
@@ -40,9 +45,10 @@ class Ours:
         num_blocks = -(-room // BLOCK_SIZE)
         self.pages = BlockPages.allocate(num_blocks, BLOCK_SIZE, self.params)
         self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
-        self.bigrams = torch.from_numpy(request.alone.ids)
+        table = request.after if after else request.alone
+        self.bigrams = torch.from_numpy(table.ids)
         # Among each other, as `core.bigrams.model_bigrams` has them.
-        self.bigram_logits = torch.from_numpy(request.alone.logprobs).log_softmax(-1)
+        self.bigram_logits = torch.from_numpy(table.logprobs).log_softmax(-1)
         self.position, self.root = len(request.prompt), request.first
         self.rejected, self.emitted = Rejected.none(1), 1
         self._write(0, request.prompt)
@@ -112,11 +118,3 @@ class Ours:
         )
         node = torch.arange(self.tree.tokens.shape[1])[None]
         return Rejected.of(self.tree, num_emitted, node, logits)
-
-
-def propose(request: Request, sizes: tuple[int, int, int]) -> Ours:
-    return Ours(request, sizes, grows=False)
-
-
-def grow(request: Request, sizes: tuple[int, int, int]) -> Ours:
-    return Ours(request, sizes, grows=True)

@@ -2,7 +2,8 @@
 """Strategies by name, each with the settings that are tried at a budget.
 
 "forest" takes options: "forest-last" is without that source, "forest+window" with it,
-"levels" is the forest grown level by level, and takes the same ones.
+"levels" is the forest grown level by level, and takes the same ones. "grow+after" and
+"propose+after" have the bigrams of tokens after punctuation.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulate.forest import START, Forest, Weights
-from benchmarks.simulate.ours import grow, propose
+from benchmarks.simulate.ours import Ours
 from benchmarks.simulate.paper import Paper
 from benchmarks.simulate.protocol import Request, Strategy
 from benchmarks.simulate.recycling import Recycling
@@ -60,15 +61,16 @@ def settings(name: str, budget: int) -> dict[str, Make]:
         # (N - 1) (W + G) nodes; N = 2 has no window to speak of.
         sizes = [(budget // (2 * n - 2), n, budget // (2 * n - 2)) for n in (3, 5)]
         return {"/".join(map(str, s)): partial(Paper, sizes=s) for s in sizes if s[0]}
-    if name == "propose":
+    after = name.endswith("+after")
+    if name in ("propose", "propose+after"):
         sizes = [(0, n, (budget - 1) // (n - 1)) for n in (3, 4, 5)]
         return {
-            "/".join(map(str, s)): partial(propose, sizes=s)
+            "/".join(map(str, s)): partial(Ours, sizes=s, grows=False, after=after)
             for s in sizes
             if 0 < s[2] <= 64
         }
-    if name == "grow":
-        return {"": partial(grow, sizes=(0, 9, 63))}
+    if name in ("grow", "grow+after"):
+        return {"": partial(Ours, sizes=(0, 9, 63), grows=True, after=after)}
     if re.match(r"(forest|levels)([+-]|$)", name):
         beam, most = (BEAM, SUCCESSORS) if name.startswith("levels") else (None, None)
         known = options(name), weights(name), beam, most
