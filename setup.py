@@ -32,6 +32,7 @@ setup(
         "gpu": ["vllm>=0.32,<0.34"],
         "ray": ["ray[default]>=2.48"],
         "xformers": ["xformers"],
+        "smollm2": ["accelerate", "gguf"],
         "bench": ["arctic-inference==0.1.1", "matplotlib"],
         "dev": [
             "hypothesis",

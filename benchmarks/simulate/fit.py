@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit the weights by which the forest's sources add up, on prompts held out.
+
+    python -m benchmarks.simulate.fit --model .models/SmolLM2-135M-Instruct \\
+        --data-dir DATA --strategies forest,forest-last
+
+Multinomial logistic regression: of every node that was reached, which token followed,
+given what each source had to say. A strategy's weights are those of its own options.
+Printed are the weights, and by how far estimates miss on other prompts held out.
+"""
+
+import argparse
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.simulate.forest import START, Forest, Weights
+from benchmarks.simulate.protocol import Answers, Strategy, Tree
+from benchmarks.simulate.record import Model, Oracle
+from benchmarks.simulate.run import oracles, serve
+from benchmarks.simulate.strategies import WEIGHTS, options
+from benchmarks.simulate.strategies import weights as fitted_weights
+from benchmarks.simulate.table import calibration
+
+NAMES = list(START)
+# Per sample: keeps weights that the samples say nothing about where they are.
+RIDGE = 1e-3
+
+
+class Samples:
+    """What was known at each node reached, and what followed.
+
+    Attributes:
+        rows: [candidates + 1, len(NAMES)] of each sample, the other tokens' last.
+        followed: which of them did.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []
+        self.followed: list[int] = []
+
+    def watch(
+        self, strategy: Strategy, tree: Tree, answers: Answers, path: list[int]
+    ) -> None:
+        assert isinstance(strategy, Forest)
+        temperature = strategy.request.temperature
+        emitted = [answers.sampled[node] for node in path]
+        for depth, token in enumerate(emitted):
+            index: dict[int, int] = {}
+            cells: list[tuple[int, int, float]] = []
+            for name, row in strategy.known.evidence(emitted[:depth]):
+                column = NAMES.index(name)
+                for candidate, x in row.items():
+                    at = index.setdefault(candidate, len(index))
+                    cells.append((at, column, x))
+            rows = np.zeros((len(index) + 1, len(NAMES)), np.float32)
+            for at, column, x in cells:
+                rows[at, column] += x
+            if temperature > 0 and strategy.known.options.noise:
+                noise = strategy.request.noise[strategy.number + depth]
+                rows[:-1, NAMES.index("noise")] = temperature * noise[list(index)]
+            rows[-1, NAMES.index("other")] = 1
+            rows[-1, NAMES.index("other by temperature")] = temperature
+            rows[-1, NAMES.index("other by depth")] = min(depth, 4)
+            self.rows.append(rows)
+            self.followed.append(index.get(token, len(index)))
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """rows [n, most, len(NAMES)], missing [n, most] bool, followed [n]."""
+        shape = len(self.rows), max(map(len, self.rows))
+        rows = torch.zeros(*shape, len(NAMES))
+        missing = torch.ones(shape, dtype=torch.bool)
+        for i, sample in enumerate(self.rows):
+            rows[i, : len(sample)] = torch.from_numpy(sample)
+            missing[i, : len(sample)] = False
+        return rows, missing, torch.tensor(self.followed)
+
+
+def fit(samples: Samples, start: Weights) -> dict[str, float]:
+    """The weights that say most of what did follow."""
+    rows, missing, followed = samples.tensors()
+    first = torch.tensor([start[name] for name in NAMES])
+    weights = first.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = (rows @ weights).masked_fill(missing, -torch.inf)
+        loss = torch.nn.functional.cross_entropy(logits, followed)
+        loss = loss + RIDGE * (weights - first).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return dict(zip(NAMES, weights.detach().tolist(), strict=True))
+
+
+def check(samples: Samples, weights: Weights) -> dict[str, Any]:
+    """Calibration overall and of the tokens that each source speaks for."""
+    rows, missing, followed = samples.tensors()
+    values = torch.tensor([weights[name] for name in NAMES])
+    chances = (rows @ values).masked_fill(missing, -torch.inf).log_softmax(-1)
+    hit = torch.zeros_like(missing)
+    hit[torch.arange(len(hit)), followed] = True
+    # The last candidate of each sample is all the other tokens.
+    of = ~missing
+    of[torch.arange(len(of)), of.sum(1) - 1] = False
+    out: dict[str, Any] = {}
+    for name in ["all", *NAMES]:
+        inside = of if name == "all" else of & (rows[..., NAMES.index(name)] != 0)
+        if inside.any():
+            pairs = zip(chances[inside].tolist(), hit[inside].tolist(), strict=True)
+            out[name] = calibration(list(pairs))
+    return out
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="any model that transformers loads")
+    add("--datasets", default="humaneval,gsm8k,mt-bench")
+    add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
+    add("--strategies", default="forest")
+    add("--start", default="", help="strategy whose weights grow the first trees")
+    add("--budgets", default="32")
+    add("--temperatures", default="0,0.8")
+    add("--skip-prompts", type=int, default=4, help="those that are measured")
+    add("--num-prompts", type=int, default=4, help="of each data set, after those")
+    add("--rounds", type=int, default=2, help="trees depend on weights: fit again")
+    add("--max-tokens", type=int, default=64)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)
+    model = Model.load(args.model)
+    requests: list[Oracle] = []
+    for dataset in args.datasets.split(","):
+        for temperature in map(float, args.temperatures.split(",")):
+            count = args.skip_prompts + args.num_prompts
+            found, bigrams = oracles(
+                model,
+                args.model,
+                dataset,
+                args.data_dir,
+                temperature,
+                count,
+                args.max_tokens,
+            )
+            requests += found[args.skip_prompts :]
+    for name in args.strategies.split(","):
+        weights: Weights = fitted_weights(args.start)
+        for _ in range(args.rounds):
+            samples, tested = Samples(), Samples()
+            for i, oracle in enumerate(requests):
+                # Every fourth request says how well the rest's weights hold.
+                watch = (tested if i % 4 == 3 else samples).watch
+                for budget in map(int, args.budgets.split(",")):
+                    make = partial(Forest, options=options(name), weights=weights)
+                    serve(
+                        oracle,
+                        make,
+                        budget,
+                        args.max_tokens,
+                        bigrams,
+                        watch,
+                    )
+            weights = fit(samples, START)
+        table = check(tested, weights)
+        samples.rows += tested.rows
+        samples.followed += tested.followed
+        weights = fit(samples, START)
+        print(f"{name}, {len(samples.rows)} samples")
+        for term, weight in weights.items():
+            line = ""
+            for tenth in table.get(term, []):
+                gap = tenth["accepted"] - tenth["estimate"]
+                line += f"{100 * gap:8.1f}" if tenth["nodes"] else f"{'-':>8}"
+            print(f"  {term:22}{weight:8.3f}{line}", flush=True)
+        gaps = [100 * (t["accepted"] - t["estimate"]) for t in table["all"]]
+        print(f"  {'all':30}" + "".join(f"{gap:8.1f}" for gap in gaps))
+        fitted = json.loads(WEIGHTS.read_text()) if WEIGHTS.exists() else {}
+        fitted[name] = {"weights": weights, "samples": len(samples.rows)}
+        fitted[name]["calibration"] = table
+        WEIGHTS.write_text(json.dumps(fitted, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

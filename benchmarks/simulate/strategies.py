@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies by name, each with the settings that are tried at a budget.
+
+"forest" takes options: "forest-last" is without that source, "forest+window" with it,
+"levels" is the forest grown level by level, and takes the same ones. "grow+after" and
+"propose+after" have the bigrams of tokens after punctuation.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.simulate.forest import START, Forest, Weights
+from benchmarks.simulate.ours import Ours
+from benchmarks.simulate.paper import Paper
+from benchmarks.simulate.protocol import Request, Strategy
+from benchmarks.simulate.recycling import Recycling
+from benchmarks.simulate.retrieval import LogitSpec, PromptLookup, Suffix
+from benchmarks.simulate.sources import Options
+
+Make = Callable[[Request], Strategy]
+BASELINES = "lookup,suffix,recycling,logitspec,paper,propose,grow"
+WEIGHTS = Path(__file__).parents[1] / "results" / "simulate-weights.json"
+# Of levels: nodes that get children, and how many each.
+BEAM, SUCCESSORS = 8, 8
+
+
+def options(name: str) -> Options:
+    """Those that a name asks for; numbers are values: "forest+alternatives4-last"."""
+    changes: dict[str, Any] = {}
+    for sign, option, value in re.findall(r"([+-])([a-z_]+)(\d*)", name):
+        changes[option] = int(value) if value else sign == "+"
+    return replace(Options(), **changes)
+
+
+def weights(name: str) -> Weights:
+    """Those fitted for the options, or what fitting starts from."""
+    fitted = json.loads(WEIGHTS.read_text()) if WEIGHTS.exists() else {}
+    key = re.sub(r"^levels", "forest", name)
+    return fitted.get(key, {}).get("weights", START)
+
+
+def settings(name: str, budget: int) -> dict[str, Make]:
+    """What is tried at this budget; the best one counts."""
+    if name == "lookup":
+        return {f"{n}..5": partial(PromptLookup, least=n) for n in (1, 2)}
+    if name == "suffix":
+        return {
+            "as vLLM": Suffix,
+            "up to the budget": partial(Suffix, factor=0.0, least=0.0),
+        }
+    if name == "recycling":
+        return {"": Recycling}
+    if name == "logitspec":
+        return {"": LogitSpec}
+    if name == "paper":
+        # (N - 1) (W + G) nodes; N = 2 has no window to speak of.
+        sizes = [(budget // (2 * n - 2), n, budget // (2 * n - 2)) for n in (3, 5)]
+        return {"/".join(map(str, s)): partial(Paper, sizes=s) for s in sizes if s[0]}
+    after = name.endswith("+after")
+    if name in ("propose", "propose+after"):
+        sizes = [(0, n, (budget - 1) // (n - 1)) for n in (3, 4, 5)]
+        return {
+            "/".join(map(str, s)): partial(Ours, sizes=s, grows=False, after=after)
+            for s in sizes
+            if 0 < s[2] <= 64
+        }
+    if name in ("grow", "grow+after"):
+        return {"": partial(Ours, sizes=(0, 9, 63), grows=True, after=after)}
+    if re.match(r"(forest|levels)([+-]|$)", name):
+        beam, most = (BEAM, SUCCESSORS) if name.startswith("levels") else (None, None)
+        known = options(name), weights(name), beam, most
+        return {"": lambda request: Forest(request, *known)}
+    raise SystemExit(f"--strategies: {name} is none of {BASELINES},forest,levels")

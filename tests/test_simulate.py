@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulated strategies say what the model says, within their budgets."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.simulate.bigrams import load_bigrams
+from benchmarks.simulate.fit import Samples, fit
+from benchmarks.simulate.forest import START, Forest
+from benchmarks.simulate.protocol import Tree
+from benchmarks.simulate.record import Model, Oracle, load_records
+from benchmarks.simulate.run import serve
+from benchmarks.simulate.sources import Options
+from benchmarks.simulate.strategies import settings
+
+PROMPT = [5, 9, 5, 9, 7, 5, 9, 5, 3, 11, 5, 9]
+MAX_TOKENS = 20
+HAS_ARCTIC = importlib.util.find_spec("arctic_inference") is not None
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=24, eos_token_id=2, **sizes, **heads)
+    return Model(LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.8])
+def served(model, request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    records = load_records(
+        model, [PROMPT], MAX_TOKENS, request.param, folder / "records.pt"
+    )
+    alone = load_bigrams(model, records, [], folder / "alone.npz")
+    after = load_bigrams(model, records, [4], folder / "after.npz")
+    return Oracle(model, records[0]), (alone, after)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lookup",
+        pytest.param("suffix", marks=pytest.mark.skipif(not HAS_ARCTIC, reason="")),
+        "recycling",
+        "logitspec",
+        "paper",
+        "propose",
+        "grow",
+        "propose+after",
+        "forest",
+        "forest+window-recycled",
+        "levels",
+    ],
+)
+def test_output_is_plains_and_budgets_are_kept(served, name):
+    oracle, bigrams = served
+    for budget in (4, 16):
+        for make in settings(name, budget).values():
+            out = serve(oracle, make, budget, MAX_TOKENS, bigrams)
+            assert sum(map(len, out.tokens)) <= MAX_TOKENS - 1
+            assert max(out.nodes) <= budget
+
+
+def test_answers_are_those_of_the_whole_text(model, served):
+    """Nodes off plain's text are answered as a sequence without a tree would be."""
+    oracle, _ = served
+    tree = Tree.of(oracle.text[14])
+    tree.add_chain([oracle.text[15], 3, 4], 8)
+    tree.add_chain([6, oracle.text[16]], 8)
+    answers = oracle.answer(14, tree, True)
+    for node, path in enumerate(tree.paths()):
+        with torch.inference_mode():
+            text = torch.tensor([oracle.text[:15] + path])
+            expected = model.model(text).logits[0, -1].log_softmax(-1)
+        got = torch.from_numpy(answers.logprobs[node])
+        ids = torch.from_numpy(answers.ids[node]).long()
+        torch.testing.assert_close(got, expected[ids], rtol=1e-4, atol=1e-4)
+        temperature = oracle.record.temperature
+        noise = oracle.noise[15 + len(path) - len(PROMPT)]
+        token = model.sample(expected, temperature, noise)
+        assert answers.sampled[node] == token
+
+
+def test_a_tree_is_walked_along_what_was_sampled():
+    tree = Tree.of(1)
+    tree.add_chain([2, 3], 9)
+    tree.add_chain([2, 4, 5], 9)
+    tree.add_chain([6], 9)
+    assert tree.tokens == [1, 2, 3, 4, 5, 6]
+    assert tree.parents == [-1, 0, 1, 1, 3, 0]
+    assert tree.walk([2, 4, 0, 7, 0, 0]) == [0, 1, 3]
+
+
+def test_weights_are_fitted_to_what_followed(served):
+    oracle, bigrams = served
+    samples = Samples()
+    serve(
+        oracle,
+        lambda request: Forest(request, Options(), START),
+        8,
+        MAX_TOKENS,
+        bigrams,
+        samples.watch,
+    )
+    rows, missing, followed = samples.tensors()
+
+    def loss(weights):
+        values = torch.tensor(list(weights.values()))
+        logits = (rows @ values).masked_fill(missing, -torch.inf)
+        return float(torch.nn.functional.cross_entropy(logits, followed))
+
+    assert loss(fit(samples, START)) < loss(START)
