@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.simulate.protocol import Bigrams
 from benchmarks.simulate.record import Model, Record
-from vllm_lookahead.core.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.pages import EMPTY
 
 # Of each distribution on plain's path, tokens whose bigrams are asked for.

@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.simulate.protocol import Answers, Request, Tree
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.best_first import Hints, Rejected
-from vllm_lookahead.core.ops import TorchOps
+from vllm_lookahead.core.draft.best_first import Hints, Rejected
 from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import WINDOW
-from vllm_lookahead.cpu_kernels.ops import NumbaOps
+from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.params import MAX_TREE_NODES, LookaheadParams
 
 BLOCK_SIZE = 16
@@ -37,7 +37,7 @@ class Ours:
         grows: bool,
         after: bool = False,
     ) -> None:
-        self.ops: Any = NumbaOps() if grows else TorchOps()
+        self.ops: Any = NumbaOps() if grows else ReferenceOps()
         self.params = LookaheadParams(*sizes)
         self.reads_all_nodes = grows or sizes[0] > 0
         self.grows, self.request = grows, request
@@ -47,7 +47,7 @@ class Ours:
         self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
         table = request.after if after else request.alone
         self.bigrams = torch.from_numpy(table.ids)
-        # Among each other, as `core.bigrams.model_bigrams` has them.
+        # Among each other, as `core.draft.bigrams.model_bigrams` has them.
         self.bigram_logits = torch.from_numpy(table.logprobs).log_softmax(-1)
         self.position, self.root = len(request.prompt), request.first
         self.rejected, self.emitted = Rejected.none(1), 1

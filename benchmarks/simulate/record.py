@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.simulate.protocol import Answers, Tree
-from vllm_lookahead.core.noise import gumbel_noise
+from vllm_lookahead.core.draft.noise import gumbel_noise
 
 # Likeliest tokens kept of each distribution. Those below count as the last one.
 KEPT = 256
