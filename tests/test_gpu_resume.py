@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.gpu import engine_correctness, engine_start, host, run_all
 from benchmarks.gpu.stages import OUT, Stage
+from benchmarks.gpu.summary import build_summary
 from tests.test_gpu_run_all import ABOUT, run, script, writes
 
 # A shell starts in no time on a busy machine, too.
@@ -174,7 +175,7 @@ class FakeEngine:
         self.started.append(self.lookahead)
         log.write_text("Using FLASH_ATTN attention backend out of potential ones\n")
         if "broken" in options["model"] and self.lookahead:
-            raise RuntimeError("the engine died:\nand why")
+            raise RuntimeError("the engine died:\nits log\nValueError: no room")
 
     def run(self, job):
         steps = [[[i], [i + 1]] for i, _ in enumerate(job["prompts"])]
@@ -194,8 +195,12 @@ def test_an_engine_that_does_not_start_is_told_from_one_that_does(
     engines = json.loads(out.read_text())["engines"]
     assert engines["plain"]["attention"] == ["FLASH_ATTN attention backend"]
     assert engines["plain"]["outputs"][0] == [0, 1]
-    assert engines["lookahead"]["failed"] == "the engine died:"
+    assert engines["lookahead"]["failed"] == "ValueError: no room"
     assert len(engines["lookahead"]["log"]) == 1
+    record = {"about": ABOUT, "seconds": 1, "command": "", "failed": "exit status 1"}
+    record["result"] = {"engines": engines}
+    text = build_summary({"engine-start": record}, {})
+    assert "- lookahead DID NOT RUN: ValueError: no room\n" in text
     engine_start.main(["--model", "good", "--out", str(out)])
 
 

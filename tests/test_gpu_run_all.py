@@ -297,7 +297,7 @@ def test_summary_of_starts_steps_and_sizes():
         "engine-start": {
             "engines": {
                 "plain": {"seconds_to_start": 30.0, **said},
-                "lookahead": {"failed": "the engine died:", "log": []},
+                "lookahead": {"failed": "ValueError: no room", "log": []},
             }
         },
         "step-cost": {"rows": [r | {"context": 1024} for r in (plain, tree)]},
@@ -313,7 +313,7 @@ def test_summary_of_starts_steps_and_sizes():
     records = {stage: {**common, "result": r} for stage, r in results.items()}
     text = build_summary(records, QUESTIONS)
     assert "plain started in 30 s: FLASH_ATTN attention backend, Graphs took 1" in text
-    assert "lookahead DID NOT RUN: the engine died:" in text
+    assert "lookahead DID NOT RUN: ValueError: no room" in text
     assert "| 1024 | 16 | 30 | 4/5/0 | 15/5/15 | 12.00 | 1.20x |" in text
     assert "| 4/5/0 | 16 | 150.0 | 1.50x | 12.00 | 1.00 |" in text
     assert "T=120, context 1024: {'tile': 2.0}, 2.0 us" in text

@@ -29,7 +29,7 @@ def _tests(records: Records) -> Iterator[str]:
 def _starts(records: Records) -> Iterator[str]:
     for name, found in result(records, "engine-start").get("engines", {}).items():
         if "failed" in found:
-            yield f"- {name} DID NOT RUN: {found['failed']}"
+            yield f"- {name} DID NOT RUN: {found['failed'][:300]}"
             continue
         said = [
             line for fact in ("runner", "attention") for line in found.get(fact, [])

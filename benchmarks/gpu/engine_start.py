@@ -48,7 +48,7 @@ def start(options: dict[str, Any], texts: list[str], args: Any) -> dict[str, Any
             finally:
                 engine.close()
         except RuntimeError as error:
-            result["failed"] = str(error).split("\n")[0]
+            result["failed"] = str(error).splitlines()[-1]  # the cause
         text = log.read_text(errors="replace")
         print(text, flush=True)
         if "failed" in result:
