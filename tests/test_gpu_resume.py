@@ -170,7 +170,8 @@ class FakeEngine:
 
     started: list[bool] = []
 
-    def __init__(self, options, log, start_limit=None):
+    def __init__(self, options, log, start_limit):
+        assert start_limit == 150
         self.lookahead = "speculative_config" in options
         self.started.append(self.lookahead)
         log.write_text("Using FLASH_ATTN attention backend out of potential ones\n")
@@ -201,7 +202,12 @@ def test_an_engine_that_does_not_start_is_told_from_one_that_does(
     record["result"] = {"engines": engines}
     text = build_summary({"engine-start": record}, {})
     assert "- lookahead DID NOT RUN: ValueError: no room\n" in text
-    engine_start.main(["--model", "good", "--out", str(out)])
+    FakeEngine.started.clear()
+    engine_start.main(["--model", "good", "--out", str(out), "--resume"])
+    assert FakeEngine.started == [True]
+    again = json.loads(out.read_text())["engines"]
+    assert again["plain"] == engines["plain"]
+    assert again["lookahead"]["outputs"] == engines["plain"]["outputs"]
 
 
 def test_runs_that_are_there_are_not_taken_again(tmp_path, monkeypatch):

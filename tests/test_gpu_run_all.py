@@ -71,6 +71,21 @@ def test_engines_fit_on_a_gpu_of_80_gb():
         assert (count - 1) * each + share < most
 
 
+def test_stages_outlast_two_engines_that_do_not_start():
+    """The first stage with time to end both. Of engines one by one none is redone."""
+    limits = {}
+    for stage in stages.all_stages(run_all.parse([])):
+        if "--start-limit" in stage.command:
+            start = int(stage.command[stage.command.index("--start-limit") + 1])
+            limits[stage.name] = stage.limit, 2 * start
+            at_once = "--methods" in stage.command
+            assert at_once or "--resume" in stage.command
+    assert limits.keys() == {s for s in STAGES if s.startswith(("engine", "step"))}
+    assert all(limit >= two for limit, two in limits.values())
+    limit, two = limits["engine-start"]
+    assert two + 40 <= limit < 500
+
+
 class Parsed(Exception):
     pass
 

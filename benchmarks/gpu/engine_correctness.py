@@ -94,6 +94,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-memory-bytes", type=int, default=6 << 30)
     add("--gpu-memory-utilization", type=float, default=0.5)
     add("--eager", action="store_true", help="no torch.compile")
+    help_text = "that an engine may take to start"
+    add("--start-limit", type=float, default=150, metavar="SECONDS", help=help_text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         print(f"starting {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            engine = EngineProcess(options, Path(folder) / "log")
+            engine = EngineProcess(options, Path(folder) / "log", args.start_limit)
             try:
                 for run, temperature, size in runs:
                     take = one_by_one if size == 1 else generate

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.engine_start --model MODEL --out start.json
 
 Exits with an error if one does not start or generate; the end of its log is in the
-JSON.
+JSON. With `--resume` an engine that answered, by the same JSON, is not started again.
 """
 
 import argparse
@@ -63,12 +63,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--sizes", default="15/5/15", metavar="W/N/G")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--start-limit", type=float, default=150, metavar="SECONDS")
     parser.add_argument("--out", type=Path, required=True)
+    help_text = "keep the engines that answered, by --out"
+    parser.add_argument("--resume", action="store_true", help=help_text)
     args = parser.parse_args(arguments)
     texts = load(args.dataset, args.data_dir, args.num_prompts)
     started: dict[str, Any] = {}
+    if args.resume and args.out.exists():
+        before = json.loads(args.out.read_text())["engines"]
+        started = {n: result for n, result in before.items() if "failed" not in result}
     for name, options in engines(args).items():
+        if name in started:
+            continue
         print(f"starting {name}", flush=True)
         started[name] = start(options, texts, args)
         args.out.write_text(json.dumps({"engines": started}) + "\n")

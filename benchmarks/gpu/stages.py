@@ -19,6 +19,8 @@ ENGINE = {"--dtype": "bfloat16", "--max-model-len": "1024"}
 # that share 80 GB; of the step stages one of 8k tokens, one engine after the other.
 KV_BYTES = {"correctness": 6 << 30, "speed": 1 << 30, "step": 6 << 30}
 GPU_SHARE = 0.24  # free when an engine starts
+# Seconds that an engine may take to start; to end it then may take 20 more.
+START_LIMIT = {"correctness": 150, "speed": 180, "step": 180}
 # Outputs of that many tokens, of whose trigrams this share is distinct, do not loop.
 DISTINCT_TOKENS, DISTINCT = 64, ["--min-distinct", "0.6", "--keep", "16"]
 # Trees of 8, 16, 32, 64 and 120 nodes. A window is fed whole; of candidates there may
@@ -78,11 +80,12 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
     def engine(path: Path, kind: str) -> list[str]:
         options = [x for pair in ENGINE.items() for x in pair]
         options += ["--kv-cache-memory-bytes", str(KV_BYTES[kind])]
+        options += ["--start-limit", str(START_LIMIT[kind])]
         return ["--model", str(path), *options, *data]
 
     def started(path: Path, *options: str) -> list[str]:
         options = (*engine(path, "correctness"), *options)
-        return module("engine_start", *options)
+        return module("engine_start", *options, "--resume")
 
     def correctness(path: Path, *options: str) -> list[str]:
         options = (*engine(path, "correctness"), *options)
@@ -103,7 +106,7 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
         command += ["--methods", methods, "--temperature", str(temperature)]
         command += ["--max-tokens", str(tokens)]
         command += ["--gpu-memory-utilization", str(GPU_SHARE)]
-        return [*command, "--start-limit", "180", "--output", OUT]
+        return [*command, "--output", OUT]
 
     fast = ["tree", "merged", "flash_causal", "unified_qq_bias", "xformers"]
     trees = ["--trees", "120", "64", "32", "16"]
@@ -132,7 +135,7 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
 
     stages = [
         stage(KERNELS, "kernel-tests", 240, module("kernel_tests", "--resume")),
-        stage(STARTS, "engine-start", 240, started(source), least=60),
+        stage(STARTS, "engine-start", 360, started(source), least=60),
         stage(FLOAT32, "engine-float32", 300, in_float32, environment=IEEE, least=60),
         stage(BFLOAT16, "engine-correctness", 300, in_bfloat16, least=60),
     ]

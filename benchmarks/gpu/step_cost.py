@@ -173,7 +173,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--num-prompts", type=int, default=4)
     add("--max-tokens", type=int, default=96)
     add("--repeats", type=int, default=3, help="turns")
-    add("--start-limit", type=float, default=180, metavar="SECONDS")
     add("--out", type=Path, required=True)
     add("--resume", action="store_true", help="keep the servers that the output has")
     args = parser.parse_args(arguments)
