@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,25 +104,45 @@ def test_variables_are_set_and_recorded(tmp_path, monkeypatch):
 def test_a_bare_clone_is_installed_first(monkeypatch, capsys):
     calls = []
 
-    def absent(name):
-        raise PackageNotFoundError(name)
-
     def pip(command, cwd):
         calls.append((command, cwd))
         return SimpleNamespace(returncode=len(calls) - 1)
 
     host.install()
     assert not capsys.readouterr().out
-    monkeypatch.setattr(host, "version", absent)
+    monkeypatch.setattr(host, "installed", lambda: False)
     monkeypatch.setattr(subprocess, "run", pip)
     host.install()
     options = "--no-deps --no-build-isolation --editable ."
     assert options in " ".join(calls[0][0])
     assert calls[0][1] == run_all.ROOT
     assert options in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="pip install --no-deps") as error:
+    with pytest.raises(
+        SystemExit, match="externally managed .* older than 77"
+    ) as error:
         host.install()
     assert "\n" not in str(error.value)
+    assert "--no-deps" not in str(error.value)  # which just failed
+
+
+def test_metadata_that_lies_about_is_no_installation(monkeypatch, tmp_path):
+    """Engines would not find it."""
+    egg = tmp_path / "vllm_lookahead.egg-info"
+    egg.mkdir()
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: vllm-lookahead\n")
+    entry = "[vllm.general_plugins]\nlookahead = vllm_lookahead.plugin:register\n"
+    (egg / "entry_points.txt").write_text(entry)
+    venv.create(tmp_path / "bare", symlinks=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    finds = subprocess.run([python, "-c", host.FINDS_PLUGIN], cwd=tmp_path)
+    assert not finds.returncode
+    assert host.installed()
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(host, "ROOT", tmp_path)
+    assert not host.installed()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert host.installed()
 
 
 def test_nothing_of_the_package_is_imported_before_it_is_installed():
