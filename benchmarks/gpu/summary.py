@@ -11,10 +11,9 @@ from typing import Any
 from benchmarks.gpu.answers import PARTS, Record, Records, result
 from benchmarks.gpu.plot import attention_results
 
-INTERPRETER = "Triton's interpreter"  # stands for a GPU in a dry run
+INTERPRETER = "Triton's interpreter"  # stands for the GPU of a run on a CPU
 CANNOT_SHOW = (
-    "A dry run of toy sizes on a CPU. No number here is a measurement, and it cannot "
-    "show:",
+    "A run of toy sizes on a CPU. No number here is a measurement, and it cannot show:",
     "- CUDA graphs: capture, replay, what a graph holds",
     "- streams, and host work beside the GPU's",
     "- memory profiling, and whether engines fit beside one another",
@@ -144,13 +143,13 @@ def build_summary(records: Records, questions: dict[str, str]) -> str:
     about: Record = next((r["about"] for r in records.values() if "about" in r), {})
     lines = [f"# {about.get('gpu')}", ""]
     if about.get("gpu") == INTERPRETER:
-        lines += ["A dry run: no number here is a measurement.", ""]
+        lines += ["A run on a CPU: no number here is a measurement.", ""]
     lines.append(", ".join(f"{k} {v}" for k, v in about.items() if k != "gpu"))
     commits = {r["about"].get("commit") for r in records.values() if "about" in r}
     if len(commits) > 1:
         lines.append(f"Stages ran at different commits: {sorted(map(str, commits))}")
     lines += ["", "| target | bound | measured | |", "|---|---|---|---|"]
-    verdict = "dry run" if about.get("gpu") == INTERPRETER else ""
+    verdict = "on a CPU" if about.get("gpu") == INTERPRETER else ""
     lines += [target.row(verdict) for target in targets(records)]
     lines += ["", "| stage | seconds | |", "|---|---|---|"]
     for stage in questions:
