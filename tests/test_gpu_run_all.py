@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import engine_correctness, run_all, stages
+from benchmarks.gpu.names import LOOKAHEAD
 from benchmarks.gpu.stages import OUT, Stage
-from benchmarks.gpu.summary import LOOKAHEAD, build_summary, targets
+from benchmarks.gpu.summary import build_summary, targets
 
 STAGES = [
     "kernel-tests",

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.engine_process import EngineProcess
 from benchmarks.gpu.engine_correctness import add_engine_options, engines, generate
+from benchmarks.gpu.names import SIZES
 from benchmarks.prompts import load
 
 # What vLLM's log says of itself.
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_engine_options(parser)
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--sizes", default="15/5/15", metavar="W/N/G")
+    parser.add_argument("--sizes", default=SIZES, metavar="W/N/G")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     help_text = "keep the engines that answered, by --out"
