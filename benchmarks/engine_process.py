@@ -7,6 +7,7 @@ and writes results to the file descriptor of its first argument.
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -15,6 +16,24 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+# Of pydantic's, whose first line says only how many there are, also what follows.
+ERROR = re.compile(
+    r"[\w.]+(?:Error|Exception)"
+    r"(?:: \d+ validation error.*\n(?:\w.*\n)?.*|: .*|$)",
+    re.MULTILINE,
+)
+
+
+def cause(log: str) -> str:
+    """The last error that a log tells of, on one line; else its last line.
+
+    vLLM ends with an error that only points to "the root cause above", and Python with
+    warnings of what was not cleaned up.
+    """
+    errors = [e for e in ERROR.findall(log) if "root cause" not in e]
+    lines = [line for line in log.splitlines() if line.strip()]
+    return " ".join((errors or lines or ["it said nothing"])[-1].split())
 
 
 class EngineProcess:
@@ -29,7 +48,8 @@ class EngineProcess:
     ) -> None:
         """
         Raises:
-            RuntimeError: it died, or took longer than `start_limit` seconds.
+            RuntimeError: it died, or took longer than `start_limit` seconds; the
+                cause is the message's last line.
         """
         read, write = os.pipe()
         self.log = log
@@ -51,11 +71,18 @@ class EngineProcess:
         self._signal(signal.SIGSTOP)
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Generate; see `_generate` for the job and its result."""
+        """Generate; see `_generate` for the job and its result.
+
+        Raises:
+            RuntimeError: it died; the cause is the message's last line.
+        """
         assert self.process.stdin is not None
         self._signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            raise self._death() from None
         result = self._result()
         self._signal(signal.SIGSTOP)
         return result
@@ -71,11 +98,15 @@ class EngineProcess:
     def _result(self) -> dict[str, Any]:
         line = self.results.readline()
         if not line:
-            # What it died of comes last in its log.
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
-            raise RuntimeError(f"the engine died:\n{self.log.read_text()[-3000:]}")
+            raise self._death()
         return json.loads(line)
+
+    def _death(self) -> RuntimeError:
+        # What it died of comes last in its log.
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        log = self.log.read_text(errors="replace")
+        return RuntimeError(f"the engine died:\n{log[-3000:]}\n{cause(log)}")
 
     def _signal(self, number: int) -> None:
         # Not the process group: workers may have sessions of their own.

@@ -36,7 +36,7 @@ def check(records: dict[str, dict], lines: list[str], stages: list[str]) -> None
     for name, record in records.items():
         assert "failed" not in record, (name, record["failed"], record["log"])
         assert record["about"]["gpu"] == INTERPRETER
-    assert "A dry run: no number here is a measurement." in lines
+    assert "A run on a CPU: no number here is a measurement." in lines
     assert set(CANNOT_SHOW) <= set(lines)
 
 

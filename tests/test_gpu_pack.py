@@ -52,7 +52,7 @@ def test_a_part_is_missing(number, parts, tmp_path):
     assert f"PARTS_DIR {parts}: could not unpack it" in done.stderr
 
 
-def test_pack_refuses(parts):
+def test_pack_refuses(parts, monkeypatch):
     def pack(*options: str) -> str:
         command = [str(SCRIPTS / "pack.sh"), *options]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -62,3 +62,7 @@ def test_pack_refuses(parts):
     assert "usage: pack.sh OUT_DIR" in pack()
     assert "MIB_PER_PART 4.5: give a whole number" in pack(str(parts), "4.5")
     assert f"OUT_DIR {parts}: it holds parts already" in pack(str(parts))
+    monkeypatch.setenv("VLLM_VERSION", "0.32.0")
+    assert "it holds parts already" in pack(str(parts))
+    monkeypatch.setenv("VLLM_VERSION", "0.33.0")
+    assert "VLLM_VERSION 0.33.0: what is packed besides" in pack(str(parts))

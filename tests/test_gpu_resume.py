@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.gpu import engine_correctness, engine_start, host, run_all
 from benchmarks.gpu.stages import OUT, Stage
+from benchmarks.gpu.summary import build_summary
 from tests.test_gpu_run_all import ABOUT, run, script, writes
 
 # A shell starts in no time on a busy machine, too.
@@ -103,25 +104,45 @@ def test_variables_are_set_and_recorded(tmp_path, monkeypatch):
 def test_a_bare_clone_is_installed_first(monkeypatch, capsys):
     calls = []
 
-    def absent(name):
-        raise PackageNotFoundError(name)
-
     def pip(command, cwd):
         calls.append((command, cwd))
         return SimpleNamespace(returncode=len(calls) - 1)
 
     host.install()
     assert not capsys.readouterr().out
-    monkeypatch.setattr(host, "version", absent)
+    monkeypatch.setattr(host, "installed", lambda: False)
     monkeypatch.setattr(subprocess, "run", pip)
     host.install()
     options = "--no-deps --no-build-isolation --editable ."
     assert options in " ".join(calls[0][0])
     assert calls[0][1] == run_all.ROOT
     assert options in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="pip install --no-deps") as error:
+    with pytest.raises(
+        SystemExit, match="externally managed .* older than 77"
+    ) as error:
         host.install()
     assert "\n" not in str(error.value)
+    assert "--no-deps" not in str(error.value)  # which just failed
+
+
+def test_metadata_that_lies_about_is_no_installation(monkeypatch, tmp_path):
+    """Engines would not find it."""
+    egg = tmp_path / "vllm_lookahead.egg-info"
+    egg.mkdir()
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: vllm-lookahead\n")
+    entry = "[vllm.general_plugins]\nlookahead = vllm_lookahead.plugin:register\n"
+    (egg / "entry_points.txt").write_text(entry)
+    venv.create(tmp_path / "bare", symlinks=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    finds = subprocess.run([python, "-c", host.FINDS_PLUGIN], cwd=tmp_path)
+    assert not finds.returncode
+    assert host.installed()
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(host, "ROOT", tmp_path)
+    assert not host.installed()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert host.installed()
 
 
 def test_nothing_of_the_package_is_imported_before_it_is_installed():
@@ -169,12 +190,13 @@ class FakeEngine:
 
     started: list[bool] = []
 
-    def __init__(self, options, log, start_limit=None):
+    def __init__(self, options, log, start_limit):
+        assert start_limit == 150
         self.lookahead = "speculative_config" in options
         self.started.append(self.lookahead)
         log.write_text("Using FLASH_ATTN attention backend out of potential ones\n")
         if "broken" in options["model"] and self.lookahead:
-            raise RuntimeError("the engine died:\nand why")
+            raise RuntimeError("the engine died:\nits log\nValueError: no room")
 
     def run(self, job):
         steps = [[[i], [i + 1]] for i, _ in enumerate(job["prompts"])]
@@ -194,9 +216,18 @@ def test_an_engine_that_does_not_start_is_told_from_one_that_does(
     engines = json.loads(out.read_text())["engines"]
     assert engines["plain"]["attention"] == ["FLASH_ATTN attention backend"]
     assert engines["plain"]["outputs"][0] == [0, 1]
-    assert engines["lookahead"]["failed"] == "the engine died:"
+    assert engines["lookahead"]["failed"] == "ValueError: no room"
     assert len(engines["lookahead"]["log"]) == 1
-    engine_start.main(["--model", "good", "--out", str(out)])
+    record = {"about": ABOUT, "seconds": 1, "command": "", "failed": "exit status 1"}
+    record["result"] = {"engines": engines}
+    text = build_summary({"engine-start": record}, {})
+    assert "- lookahead DID NOT RUN: ValueError: no room\n" in text
+    FakeEngine.started.clear()
+    engine_start.main(["--model", "good", "--out", str(out), "--resume"])
+    assert FakeEngine.started == [True]
+    again = json.loads(out.read_text())["engines"]
+    assert again["plain"] == engines["plain"]
+    assert again["lookahead"]["outputs"] == engines["plain"]["outputs"]
 
 
 def test_runs_that_are_there_are_not_taken_again(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import engine_correctness, run_all, stages
+from benchmarks.gpu.names import LOOKAHEAD
 from benchmarks.gpu.stages import OUT, Stage
-from benchmarks.gpu.summary import LOOKAHEAD, build_summary, targets
+from benchmarks.gpu.summary import build_summary, targets
 
 STAGES = [
     "kernel-tests",
@@ -69,6 +70,21 @@ def test_engines_fit_on_a_gpu_of_80_gb():
         share = float(options["--gpu-memory-utilization"]) * most
         assert each < share
         assert (count - 1) * each + share < most
+
+
+def test_stages_outlast_two_engines_that_do_not_start():
+    """The first stage with time to end both. Of engines one by one none is redone."""
+    limits = {}
+    for stage in stages.all_stages(run_all.parse([])):
+        if "--start-limit" in stage.command:
+            start = int(stage.command[stage.command.index("--start-limit") + 1])
+            limits[stage.name] = stage.limit, 2 * start
+            at_once = "--methods" in stage.command
+            assert at_once or "--resume" in stage.command
+    assert limits.keys() == {s for s in STAGES if s.startswith(("engine", "step"))}
+    assert all(limit >= two for limit, two in limits.values())
+    limit, two = limits["engine-start"]
+    assert two + 40 <= limit < 500
 
 
 class Parsed(Exception):
@@ -297,7 +313,7 @@ def test_summary_of_starts_steps_and_sizes():
         "engine-start": {
             "engines": {
                 "plain": {"seconds_to_start": 30.0, **said},
-                "lookahead": {"failed": "the engine died:", "log": []},
+                "lookahead": {"failed": "ValueError: no room", "log": []},
             }
         },
         "step-cost": {"rows": [r | {"context": 1024} for r in (plain, tree)]},
@@ -313,7 +329,7 @@ def test_summary_of_starts_steps_and_sizes():
     records = {stage: {**common, "result": r} for stage, r in results.items()}
     text = build_summary(records, QUESTIONS)
     assert "plain started in 30 s: FLASH_ATTN attention backend, Graphs took 1" in text
-    assert "lookahead DID NOT RUN: the engine died:" in text
+    assert "lookahead DID NOT RUN: ValueError: no room" in text
     assert "| 1024 | 16 | 30 | 4/5/0 | 15/5/15 | 12.00 | 1.20x |" in text
     assert "| 4/5/0 | 16 | 150.0 | 1.50x | 12.00 | 1.00 |" in text
     assert "T=120, context 1024: {'tile': 2.0}, 2.0 us" in text

@@ -4,13 +4,13 @@
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.gpu.names import PLAIN
+
 Record = dict[str, Any]
 Records = dict[str, Record]
 
 CORRECTNESS = ("engine-float32", "engine-correctness")
-STEPS = ("step-cost", "step-cost-own")
-SWEEP = "engine-sizes"
-PLAIN = "plain"
+STEP_COSTS = ("step-cost", "step-cost-own")
 
 
 def result(records: Records, stage: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def _tests(records: Records) -> Iterator[str]:
 def _starts(records: Records) -> Iterator[str]:
     for name, found in result(records, "engine-start").get("engines", {}).items():
         if "failed" in found:
-            yield f"- {name} DID NOT RUN: {found['failed']}"
+            yield f"- {name} DID NOT RUN: {found['failed'][:300]}"
             continue
         said = [
             line for fact in ("runner", "attention") for line in found.get(fact, [])
@@ -50,7 +50,7 @@ def _correctness(records: Records) -> Iterator[str]:
 
 
 def _steps(records: Records) -> Iterator[str]:
-    rows = [row for stage in STEPS for row in result(records, stage).get("rows", [])]
+    rows = [r for stage in STEP_COSTS for r in result(records, stage).get("rows", [])]
     if not rows:
         return
     plain = {row["context"]: row for row in rows if row["server"] == PLAIN}
@@ -68,11 +68,11 @@ def _steps(records: Records) -> Iterator[str]:
 
 
 def _sizes(records: Records) -> Iterator[str]:
-    rows = result(records, SWEEP).get("rows", [])
+    rows = result(records, "engine-sizes").get("rows", [])
     if not rows:
         return
     base = next((r["tokens_per_second"] for r in rows if r["server"] == PLAIN), None)
-    yield f"{SWEEP}: requests with sizes of their own, batch 1, greedy:"
+    yield "engine-sizes: requests with sizes of their own, batch 1, greedy:"
     yield ""
     yield "| request | nodes | tok/s | over plain | step, ms | tokens a step |"
     yield "|---|---|---|---|---|---|"
@@ -95,4 +95,4 @@ def _tiles(records: Records) -> Iterator[str]:
         yield f"- Best tile, T={size}, context {context}: {tile}"
 
 
-PARTS = (_tests, _starts, _correctness, _steps, _sizes, _tiles)
+ANSWERS = (_tests, _starts, _correctness, _steps, _sizes, _tiles)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_process import EngineProcess
+from benchmarks.gpu.names import SIZES
 from benchmarks.prompts import load
 
 PROMPTS = Path(__file__).resolve().parent.parent / "python_prompts.jsonl"
@@ -94,6 +95,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-memory-bytes", type=int, default=6 << 30)
     add("--gpu-memory-utilization", type=float, default=0.5)
     add("--eager", action="store_true", help="no torch.compile")
+    help_text = "that an engine may take to start"
+    add("--start-limit", type=float, default=150, metavar="SECONDS", help=help_text)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def lookahead_config(sizes: str) -> dict[str, Any]:
         w, n, g = map(int, sizes.split("/"))
     except ValueError:
         raise SystemExit(
-            f"{sizes}: sizes are three whole numbers W/N/G, as in 15/5/15"
+            f"{sizes}: sizes are three whole numbers W/N/G, as in {SIZES}"
         ) from None
     names = {"window_size": w, "ngram_size": n, "verification_set_size": g}
     return {"method": "lookahead", **names}
@@ -150,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-prompts", type=int, default=16, help="each also cut short three times")
     add("--max-tokens", type=int, default=96)
     add("--batch-size", type=int, default=8)
-    add("--sizes", default="15/5/15", metavar="W/N/G")
+    add("--sizes", default=SIZES, metavar="W/N/G")
     add("--output", type=Path, required=True)
     add("--resume", action="store_true", help="keep the runs that the output has")
     args = parser.parse_args(arguments)
@@ -171,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         print(f"starting {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            engine = EngineProcess(options, Path(folder) / "log")
+            engine = EngineProcess(options, Path(folder) / "log", args.start_limit)
             try:
                 for run, temperature, size in runs:
                     take = one_by_one if size == 1 else generate

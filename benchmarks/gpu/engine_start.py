@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.engine_start --model MODEL --out start.json
 
 Exits with an error if one does not start or generate; the end of its log is in the
-JSON.
+JSON. With `--resume` an engine that answered, by the same JSON, is not started again.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.engine_process import EngineProcess
 from benchmarks.gpu.engine_correctness import add_engine_options, engines, generate
+from benchmarks.gpu.names import SIZES
 from benchmarks.prompts import load
 
 # What vLLM's log says of itself.
@@ -48,7 +49,7 @@ def start(options: dict[str, Any], texts: list[str], args: Any) -> dict[str, Any
             finally:
                 engine.close()
         except RuntimeError as error:
-            result["failed"] = str(error).split("\n")[0]
+            result["failed"] = str(error).splitlines()[-1]  # the cause
         text = log.read_text(errors="replace")
         print(text, flush=True)
         if "failed" in result:
@@ -61,14 +62,20 @@ def main(arguments: list[str] | None = None) -> None:
     add_engine_options(parser)
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--sizes", default="15/5/15", metavar="W/N/G")
+    parser.add_argument("--sizes", default=SIZES, metavar="W/N/G")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--start-limit", type=float, default=150, metavar="SECONDS")
     parser.add_argument("--out", type=Path, required=True)
+    help_text = "keep the engines that answered, by --out"
+    parser.add_argument("--resume", action="store_true", help=help_text)
     args = parser.parse_args(arguments)
     texts = load(args.dataset, args.data_dir, args.num_prompts)
     started: dict[str, Any] = {}
+    if args.resume and args.out.exists():
+        before = json.loads(args.out.read_text())["engines"]
+        started = {n: result for n, result in before.items() if "failed" not in result}
     for name, options in engines(args).items():
+        if name in started:
+            continue
         print(f"starting {name}", flush=True)
         started[name] = start(options, texts, args)
         args.out.write_text(json.dumps({"engines": started}) + "\n")

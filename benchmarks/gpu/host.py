@@ -13,6 +13,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALL = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
+FINDS_PLUGIN = """
+import importlib.metadata, sys
+group = "vllm.general_plugins"
+sys.exit(not importlib.metadata.entry_points(group=group, name="lookahead"))
+"""
 PROBE = """
 import json, torch
 found = {"gpu": None, "torch": torch.__version__, "flashinfer": True}
@@ -45,22 +50,33 @@ IEEE: Environment = {
 READ = ("VLLM_", "TRITON_", "TORCH", "CUDA_", "PYTORCH_", "NVIDIA_TF32")
 
 
+def installed() -> bool:
+    """Whether an engine's process finds the plugin.
+
+    This one may find metadata that only lies in the working directory, where a build
+    left it. So another is asked, which has neither that nor a script's folder on its
+    path (-P), but PYTHONPATH and the user's packages, as engines do.
+    """
+    ask = [sys.executable, "-P", "-c", FINDS_PLUGIN]
+    return not subprocess.run(ask, cwd=ROOT).returncode
+
+
 def install() -> None:
     """Install this checkout, if it is not: vLLM finds a plugin by its metadata.
 
     Raises:
         SystemExit: pip failed.
     """
-    try:
-        version("vllm-lookahead")
+    if installed():
         return
-    except PackageNotFoundError:
-        command = [sys.executable, "-m", "pip", *INSTALL]
+    command = [sys.executable, "-m", "pip", *INSTALL]
     print(f"vllm-lookahead is not installed: {shlex.join(command)}", flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit(
-            "vllm-lookahead could not be installed; install it yourself, in the "
-            "repository's root: pip install --no-deps --no-build-isolation -e ."
+            "vllm-lookahead could not be installed; pip says why above. In an "
+            "externally managed environment: make one with python -m venv "
+            "--system-site-packages, and call again with its python. With setuptools "
+            "older than 77: pip install --upgrade setuptools, and call again."
         )
 
 

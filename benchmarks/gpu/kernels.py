@@ -34,13 +34,13 @@ from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels import attention
 from vllm_lookahead.triton_kernels.attention_config import Config
 
-TREES = [16, 32, 64, 120]
+NODES = [16, 32, 64, 120]  # of a tree
 CONTEXTS = [1024, 2048, 4096, 8192, 32768]
 HEADS = ["32/32", "32/8"]
 TOLERANCE = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4}
 COLD_BYTES = 2e8  # a few times the L2 cache of an H200
 YARDSTICK = "flash_causal"
-SIZES = [(15, 5, 15), (5, 4, 5), (0, 5, 15)]  # W, N, G
+STEP_SIZES = [(15, 5, 15), (5, 4, 5), (0, 5, 15)]  # W, N, G
 SLOW = {"flex"}  # to compile, at every shape: the widest tree will do
 OURS = ("tree", "merged")
 LAYERS = 32
@@ -192,7 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     help_text = "keep what --out already holds"
     parser.add_argument("--resume", action="store_true", help=help_text)
     parser.add_argument("--plot", type=Path, help="draw time against context")
-    parser.add_argument("--trees", nargs="+", type=int, default=TREES, metavar="T")
+    parser.add_argument("--trees", nargs="+", type=int, default=NODES, metavar="T")
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--heads", nargs="+", default=HEADS, metavar="Hq/Hkv")
     parser.add_argument("--head-size", type=int, default=128)
@@ -205,7 +205,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny, and without a GPU")
     args = parser.parse_args(arguments)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.sizes = SIZES
+    args.sizes = STEP_SIZES
     if args.device == "cpu" and not triton.knobs.runtime.interpret:
         parser.error("no GPU; TRITON_INTERPRET=1 and --smoke run small shapes")
     if args.smoke:

@@ -10,7 +10,7 @@
 #
 # The host has Linux on x86-64, PyTorch, Triton, transformers, NumPy and Numba of its
 # own, which stay in use; a PACKAGE is what it lacks besides, pytest perhaps, without its
-# dependencies. PYTHON_VERSION is the host's Python, VLLM_VERSION what to pack.
+# dependencies. PYTHON_VERSION is the host's Python.
 #
 # Left out, for size: FlashInfer, FlashAttention 2, the Rust front end, and kernels that
 # only other models or other GPUs need. Also left out: arctic-inference, of which there
@@ -19,7 +19,12 @@ set -euo pipefail
 out=${1:?usage: pack.sh OUT_DIR [MIB_PER_PART [PACKAGE...]]}
 size=${2:-40}
 python=${PYTHON_VERSION:-3.12}
-vllm=${VLLM_VERSION:-0.32.0}
+vllm=0.32.0
+[[ ${VLLM_VERSION:-$vllm} == "$vllm" ]] || {
+  echo "VLLM_VERSION $VLLM_VERSION: what is packed besides are the versions that" \
+    "$vllm pins; unset it, or first edit vllm= and packages= in pack.sh" >&2
+  exit 1
+}
 [[ $size =~ ^[1-9][0-9]*$ ]] || {
   echo "MIB_PER_PART $size: give a whole number of MiB, as in 40" >&2
   exit 1

@@ -215,7 +215,7 @@ def chosen(args: argparse.Namespace) -> list[Stage]:
 
 
 def onto_cpu(args: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Set up a dry run: a toy model, the interpreter for every child process."""
+    """Set up a run on a CPU: a toy model, the interpreter for every child process."""
     from tests.harness.environment import v2_environment
     from tests.harness.models import make_model
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.gpu.host import IEEE, Environment
+from benchmarks.gpu.names import LOOKAHEAD, PLAIN, SIZES
 
-LOOKAHEAD = "lookahead:15/5/15"
 MODEL_BYTES = 14e9  # of the widened model
 ENGINE = {"--dtype": "bfloat16", "--max-model-len": "1024"}
 # A request of 1024 tokens has 0.5 GiB of K/V in a 7B model. Of the correctness stages
@@ -19,25 +19,29 @@ ENGINE = {"--dtype": "bfloat16", "--max-model-len": "1024"}
 # that share 80 GB; of the step stages one of 8k tokens, one engine after the other.
 KV_BYTES = {"correctness": 6 << 30, "speed": 1 << 30, "step": 6 << 30}
 GPU_SHARE = 0.24  # free when an engine starts
+# Seconds that an engine may take to start; to end it then may take 20 more.
+START_LIMIT = {"correctness": 150, "speed": 180, "step": 180}
 # Outputs of that many tokens, of whose trigrams this share is distinct, do not loop.
 DISTINCT_TOKENS, DISTINCT = 64, ["--min-distinct", "0.6", "--keep", "16"]
 # Trees of 8, 16, 32, 64 and 120 nodes. A window is fed whole; of candidates there may
 # be fewer than asked for.
-TREES = ["2/5/0", "4/5/0", "8/5/0", "15/5/1", "15/5/15"]
+TREES = ["2/5/0", "4/5/0", "8/5/0", "15/5/1", SIZES]
 OWN_TREES = ["2/5/0", "4/5/0", "8/5/0", "16/5/0"]
-SIZES = ["0/5/4", "0/5/15", "5/4/5", "5/5/5", "10/5/10", "15/5/15"]
+REQUEST_SIZES = ["0/5/4", "0/5/15", "5/4/5", "5/5/5", "10/5/10", SIZES]
 OUT = "{out}"  # in a stage's command, the file that it writes
-ENGINES = 120  # seconds that two engines take to start, at least
+TWO_STARTS = 120  # seconds that two engines take to start, at least
 
-STARTS = "Does plain vLLM start, does lookahead?"
-KERNELS = "Does each kernel agree with its reference on the hardware?"
-FLOAT32 = "Are float32 tokens plain vLLM's, greedy and seeded?"
-BFLOAT16 = "Do more bfloat16 tokens differ from plain vLLM's than plain's own do?"
-STEP = "What does a tree step cost beside a plain step?"
-PARTS = "What do the kernels of a step cost, and attention beside others'?"
-SPEED = "How many tokens/s beside plain vLLM?"
-OTHERS = "How many tokens/s beside ngram_gpu, ngram and suffix?"
-SWEEP = "Which sizes and which tiles are best?"
+QUESTIONS = {
+    "kernels": "Does each kernel agree with its reference on the hardware?",
+    "starts": "Does plain vLLM start, does lookahead?",
+    "float32": "Are float32 tokens plain vLLM's, greedy and seeded?",
+    "bfloat16": "Do more bfloat16 tokens differ from plain vLLM's than plain's own do?",
+    "step": "What does a tree step cost beside a plain step?",
+    "speed": "How many tokens/s beside plain vLLM?",
+    "times": "What do the kernels of a step cost, and attention beside others'?",
+    "others": "How many tokens/s beside ngram_gpu, ngram and suffix?",
+    "best": "Which sizes and which tiles are best?",
+}
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,12 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
     def engine(path: Path, kind: str) -> list[str]:
         options = [x for pair in ENGINE.items() for x in pair]
         options += ["--kv-cache-memory-bytes", str(KV_BYTES[kind])]
+        options += ["--start-limit", str(START_LIMIT[kind])]
         return ["--model", str(path), *options, *data]
 
     def started(path: Path, *options: str) -> list[str]:
         options = (*engine(path, "correctness"), *options)
-        return module("engine_start", *options)
+        return module("engine_start", *options, "--resume")
 
     def correctness(path: Path, *options: str) -> list[str]:
         options = (*engine(path, "correctness"), *options)
@@ -103,7 +108,7 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
         command += ["--methods", methods, "--temperature", str(temperature)]
         command += ["--max-tokens", str(tokens)]
         command += ["--gpu-memory-utilization", str(GPU_SHARE)]
-        return [*command, "--start-limit", "180", "--output", OUT]
+        return [*command, "--output", OUT]
 
     fast = ["tree", "merged", "flash_causal", "unified_qq_bias", "xformers"]
     trees = ["--trees", "120", "64", "32", "16"]
@@ -114,56 +119,59 @@ def all_stages(args: argparse.Namespace) -> list[Stage]:
     tiles += ["--contexts", "1024", "8192", "--heads", "32/32"]
     long = ["--contexts", "1024", "8192", "--max-model-len", "8448"]
     long += ["--num-prompts", "2"]
-    offline, both = ["benchmarks/offline.py"], f"plain,{LOOKAHEAD}"
+    offline, both = ["benchmarks/offline.py"], f"{PLAIN},{LOOKAHEAD}"
     distinct = ["-m", "benchmarks.gpu.engine_distinct", *DISTINCT]
-    baselines = "plain,ngram_gpu,ngram,suffix"
+    baselines = f"{PLAIN},ngram_gpu,ngram,suffix"
     source = args.source
     in_float32 = correctness(source, "--dtype", "float32")
     in_bfloat16 = correctness(args.model or source)
-    trees_cost = steps("--servers", "plain", "15/5/15", "--trees", *TREES, *long)
+    trees_cost = steps("--servers", PLAIN, SIZES, "--trees", *TREES, *long)
     own_cost = steps("--servers", *OWN_TREES, *long)
-    sizes = steps("--servers", "plain", "15/5/15", "--trees", *SIZES)
+    sizes = steps("--servers", PLAIN, SIZES, "--trees", *REQUEST_SIZES)
 
     def stage(
-        question: str, name: str, limit: int, command: list[str], **options
+        topic: str, name: str, limit: int, command: list[str], **options
     ) -> Stage:
         uses = None if args.model or str(model) not in command else made
+        question = QUESTIONS[topic]
         return Stage(name, limit, command, question=question, uses=uses, **options)
 
     stages = [
-        stage(KERNELS, "kernel-tests", 240, module("kernel_tests", "--resume")),
-        stage(STARTS, "engine-start", 240, started(source), least=60),
-        stage(FLOAT32, "engine-float32", 300, in_float32, environment=IEEE, least=60),
-        stage(BFLOAT16, "engine-correctness", 300, in_bfloat16, least=60),
+        stage("kernels", "kernel-tests", 240, module("kernel_tests", "--resume")),
+        stage("starts", "engine-start", 360, started(source), least=60),
+        stage("float32", "engine-float32", 300, in_float32, environment=IEEE, least=60),
+        stage("bfloat16", "engine-correctness", 300, in_bfloat16, least=60),
     ]
     if args.model is None:
         command = [sys.executable, "benchmarks/widen_model.py"]
         command += ["--source", str(source), "--output", str(model)]
-        stages.append(Stage("model", 300, command, made, STEP, least=60))
+        stages.append(Stage("model", 300, command, made, QUESTIONS["step"], least=60))
     return [
         *stages,
-        stage(STEP, "step-cost", 400, trees_cost, least=ENGINES),
-        stage(SPEED, "engine-speed", 420, speed(offline, both, 0), least=ENGINES),
-        stage(PARTS, "kernel-times", 400, times),
+        stage("step", "step-cost", 400, trees_cost, least=TWO_STARTS),
+        stage("speed", "engine-speed", 420, speed(offline, both, 0), least=TWO_STARTS),
+        stage("times", "kernel-times", 400, times),
         stage(
-            SPEED,
+            "speed",
             "engine-distinct",
             420,
             speed(distinct, both, 0, DISTINCT_TOKENS),
-            least=ENGINES,
+            least=TWO_STARTS,
         ),
         stage(
-            OTHERS,
+            "others",
             "engine-baselines",
             500,
             speed(offline, baselines, 0),
-            least=2 * ENGINES,
+            least=2 * TWO_STARTS,
         ),
-        stage(SPEED, "engine-sampled", 420, speed(offline, both, 0.8), least=ENGINES),
-        stage(SWEEP, "engine-sizes", 400, sizes, least=ENGINES),
-        stage(STEP, "step-cost-own", 480, own_cost, least=ENGINES),
-        stage(PARTS, "kernel-flex", 300, flex),
-        stage(SWEEP, "kernel-tiles", 300, module("kernels", *tiles)),
+        stage(
+            "speed", "engine-sampled", 420, speed(offline, both, 0.8), least=TWO_STARTS
+        ),
+        stage("best", "engine-sizes", 400, sizes, least=TWO_STARTS),
+        stage("step", "step-cost-own", 480, own_cost, least=TWO_STARTS),
+        stage("times", "kernel-flex", 300, flex),
+        stage("best", "kernel-tiles", 300, module("kernels", *tiles)),
     ]
 
 
@@ -200,7 +208,7 @@ TOY = {
     "engine-distinct": TOY_SPEED,
     "engine-baselines": TOY_SPEED,
     "engine-sampled": TOY_SPEED,
-    "engine-sizes": [*TOY_STEPS, "--trees", "0/5/15", "15/5/15"],
+    "engine-sizes": [*TOY_STEPS, "--trees", "0/5/15", SIZES],
     "step-cost-own": [*TOY_STEPS, "--servers", "2/5/0", "--contexts", "20"],
     "kernel-flex": TOY_KERNELS,
     "kernel-tiles": TOY_KERNELS,

@@ -28,6 +28,7 @@ from benchmarks.gpu.engine_correctness import (
     engine_options,
     lookahead_config,
 )
+from benchmarks.gpu.names import PLAIN, SIZES
 from benchmarks.prompts import load
 from vllm_lookahead.params import (
     MAX_TREE_NODES,
@@ -36,7 +37,6 @@ from vllm_lookahead.params import (
     LookaheadParams,
 )
 
-PLAIN = "plain"
 OFF = "off"
 Row = dict[str, Any]
 
@@ -165,7 +165,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_engine_options(parser)
     add = parser.add_argument
-    add("--servers", nargs="+", default=[PLAIN, "15/5/15"], metavar="plain or W/N/G")
+    add("--servers", nargs="+", default=[PLAIN, SIZES], metavar="plain or W/N/G")
     help_text = "of requests, as far as the server allows; its own always"
     add("--trees", nargs="+", default=[], metavar="W/N/G", help=help_text)
     help_text = "tokens of a prompt; 0: the data set's prompts as they are"
@@ -173,7 +173,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--num-prompts", type=int, default=4)
     add("--max-tokens", type=int, default=96)
     add("--repeats", type=int, default=3, help="turns")
-    add("--start-limit", type=float, default=180, metavar="SECONDS")
     add("--out", type=Path, required=True)
     add("--resume", action="store_true", help="keep the servers that the output has")
     args = parser.parse_args(arguments)

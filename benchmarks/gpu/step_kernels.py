@@ -22,7 +22,7 @@ from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
 VOCAB = 5000
-MODEL = 4096, 32000  # hidden size and vocabulary of Llama-2-7B
+LLAMA = 4096, 32000  # hidden size and vocabulary of Llama-2-7B
 Calls = dict[str, Callable[[], object]]
 
 
@@ -196,7 +196,7 @@ def engine_calls(
     slots.store(tree, index, drafts)
     feed()
     num_rows, end = int(plan.cu_verified_np[-1]), int(plan.cu_window_np[-1])
-    hidden_size, vocab_size = MODEL if on.type == "cuda" else (8, 8)
+    hidden_size, vocab_size = LLAMA if on.type == "cuda" else (8, 8)
     hidden = torch.zeros(requests * t, hidden_size, dtype=torch.bfloat16, device=device)
     refill_logits = torch.zeros(
         end - num_rows, vocab_size, dtype=torch.bfloat16, device=device

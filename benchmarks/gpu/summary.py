@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.answers import PARTS, Record, Records, result
+from benchmarks.gpu.answers import ANSWERS, Record, Records, result
+from benchmarks.gpu.names import LOOKAHEAD, PLAIN, SIZES
 from benchmarks.gpu.plot import attention_results
 
-INTERPRETER = "Triton's interpreter"  # stands for a GPU in a dry run
+INTERPRETER = "Triton's interpreter"  # stands for the GPU of a run on a CPU
 CANNOT_SHOW = (
-    "A dry run of toy sizes on a CPU. No number here is a measurement, and it cannot "
-    "show:",
+    "A run of toy sizes on a CPU. No number here is a measurement, and it cannot show:",
     "- CUDA graphs: capture, replay, what a graph holds",
     "- streams, and host work beside the GPU's",
     "- memory profiling, and whether engines fit beside one another",
@@ -25,11 +25,9 @@ CANNOT_SHOW = (
 )
 SOURCES = ("kernel-times", "kernel-flex")  # of attention's times
 SPEEDS = ("engine-speed", "engine-distinct", "engine-baselines", "engine-sampled")
-CONTEXTS = (1024, 2048, 4096, 8192)  # of the targets
+TARGET_CONTEXTS = (1024, 2048, 4096, 8192)  # of the targets
 SHORT, LONG = 1024, 32768  # contexts between which the lookup's time is to be flat
-SIZES = [15, 5, 15]
-LOOKAHEAD = "lookahead:15/5/15"
-MODEL = (
+WIDENED = (
     "The engine stages ran a small trained Llama ({source}) widened into another "
     "shape, Llama-2-7B's unless its command says otherwise (`benchmarks/widen_model."
     "py`): extra layers, heads and channels are computed and come to nothing. Its "
@@ -74,10 +72,16 @@ def step_ms(results: list[dict[str, Any]]) -> float:
     return statistics.median(1e3 * r["seconds"] / r["request_steps"] for r in results)
 
 
-def overheads(records: Records) -> dict[int, dict[str, float]]:
-    """Microseconds of each kernel but attention, by context, at 15/5/15."""
+def kernel_times(records: Records) -> list[dict[str, Any]]:
+    """Of the kernels but attention at SIZES, a result for each context."""
+    sizes = [int(size) for size in SIZES.split("/")]
     steps = result(records, "kernel-times").get("step", [])
-    found = {r["context"]: dict(r["us"]) for r in steps if r["sizes"] == SIZES}
+    return [r for r in steps if r["sizes"] == sizes]
+
+
+def overheads(records: Records) -> dict[int, dict[str, float]]:
+    """Microseconds of each kernel but attention, by context, at SIZES."""
+    found = {r["context"]: dict(r["us"]) for r in kernel_times(records)}
     # Timed at one context only, for its cost does not depend on it.
     compact = next((us["compact"] for us in found.values() if "compact" in us), None)
     for us in found.values():
@@ -88,16 +92,15 @@ def overheads(records: Records) -> dict[int, dict[str, float]]:
 
 def flatness(records: Records) -> float | None:
     """The pool lookup's time on a long context over that on a short one."""
-    steps = result(records, "kernel-times").get("step", [])
-    us = {r["context"]: r["parts"]["lookup"] for r in steps if r["sizes"] == SIZES}
+    us = {r["context"]: r["parts"]["lookup"] for r in kernel_times(records)}
     return us[LONG] / us[SHORT] if {SHORT, LONG} <= us.keys() else None
 
 
 def targets(records: Records) -> list[Target]:
-    ratio: dict[str, float | None] = {f"{c}": None for c in CONTEXTS}
+    ratio: dict[str, float | None] = {f"{c}": None for c in TARGET_CONTEXTS}
     for r in attention_results([records.get("kernel-times", {})]):
         shape = r["size"], r["num_heads"], r["num_kv_heads"], r["contender"]
-        if shape == (120, 32, 32, "tree") and r["context"] in CONTEXTS:
+        if shape == (120, 32, 32, "tree") and r["context"] in TARGET_CONTEXTS:
             ratio[str(r["context"])] = r.get("ratio")
     version = result(records, "kernel-times").get("flash_attention") or "?"
     other = "" if version in (3, "?") else f" (here only version {version})"
@@ -107,18 +110,18 @@ def targets(records: Records) -> list[Target]:
 
     turns = result(records, "engine-speed").get("turns", {})
     rows = result(records, "engine-speed").get("summary", {})
-    plain_ms = step_ms(turns["plain"]) if "plain" in turns else None
+    plain_ms = step_ms(turns[PLAIN]) if PLAIN in turns else None
     step_ratio = None
     if plain_ms and LOOKAHEAD in turns:
         step_ratio = step_ms(turns[LOOKAHEAD]) / plain_ms
-    mask: dict[str, float | None] = {str(c): None for c in CONTEXTS}
+    mask: dict[str, float | None] = {str(c): None for c in TARGET_CONTEXTS}
     share: dict[str, float | None] = dict(mask)
     for context, us in overheads(records).items():
-        if context in CONTEXTS:
+        if context in TARGET_CONTEXTS:
             mask[str(context)] = us["mask"]
             if plain_ms and "compact" in us:
                 share[str(context)] = sum(us.values()) / plain_ms / 10
-    greedy = "batch 1, greedy, bf16, 15/5/15"
+    greedy = f"batch 1, greedy, bf16, {SIZES}"
     speed_up = rows.get(LOOKAHEAD, {}).get("ratio")
     rows = result(records, "engine-distinct").get("summary", {})
     distinct = rows.get(LOOKAHEAD, {}).get("ratio")
@@ -144,20 +147,20 @@ def build_summary(records: Records, questions: dict[str, str]) -> str:
     about: Record = next((r["about"] for r in records.values() if "about" in r), {})
     lines = [f"# {about.get('gpu')}", ""]
     if about.get("gpu") == INTERPRETER:
-        lines += ["A dry run: no number here is a measurement.", ""]
+        lines += ["A run on a CPU: no number here is a measurement.", ""]
     lines.append(", ".join(f"{k} {v}" for k, v in about.items() if k != "gpu"))
     commits = {r["about"].get("commit") for r in records.values() if "about" in r}
     if len(commits) > 1:
         lines.append(f"Stages ran at different commits: {sorted(map(str, commits))}")
     lines += ["", "| target | bound | measured | |", "|---|---|---|---|"]
-    verdict = "dry run" if about.get("gpu") == INTERPRETER else ""
+    verdict = "on a CPU" if about.get("gpu") == INTERPRETER else ""
     lines += [target.row(verdict) for target in targets(records)]
     lines += ["", "| stage | seconds | |", "|---|---|---|"]
     for stage in questions:
         record = records.get(stage, {"seconds": 0, "failed": "not run"})
         outcome = record.get("failed", "done")
         lines.append(f"| {stage} | {record['seconds']:.0f} | {outcome} |")
-    for part in (_model, *PARTS, _attention, _overheads, _speed):
+    for part in (_model, *ANSWERS, _attention, _overheads, _speed):
         if text := list(part(records)):
             lines += ["", *text]
     if about.get("gpu") == INTERPRETER:
@@ -191,7 +194,7 @@ def _model(records: Records) -> Iterator[str]:
     command = shlex.split(records.get("model", {}).get("command", ""))
     made = dict(zip(command, command[1:], strict=False))
     if made and model in (None, Path(made["--output"]).name):
-        yield MODEL.format(source=made["--source"])
+        yield WIDENED.format(source=made["--source"])
     elif model:
         yield GIVEN.format(model=model)
 
@@ -224,9 +227,8 @@ def _time(r: dict[str, Any]) -> str:
 def _overheads(records: Records) -> Iterator[str]:
     for context, us in overheads(records).items():
         listed = ", ".join(f"{name} {t:.1f}" for name, t in us.items())
-        yield f"- Kernels of a step at 15/5/15, context {context}: {listed} us"
-    steps = result(records, "kernel-times").get("step", [])
-    if moved := {r["moved"] for r in steps if r["sizes"] == SIZES}:
+        yield f"- Kernels of a step at {SIZES}, context {context}: {listed} us"
+    if moved := {r["moved"] for r in kernel_times(records)}:
         nodes = " or ".join(map(str, sorted(moved)))
         yield f"- The compaction moves {nodes} nodes of a request, in 32 layers."
 

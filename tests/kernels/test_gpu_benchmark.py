@@ -47,7 +47,7 @@ def test_what_is_there_is_not_timed_again(tmp_path, monkeypatch):
     assert len(timed) == 1
 
 
-@pytest.mark.parametrize("sizes", kernels.SIZES)
+@pytest.mark.parametrize("sizes", kernels.STEP_SIZES)
 def test_compaction_moves_what_a_step_accepts(sizes):
     """A branch of the tree, as long as it can be: the first chain would stay put."""
     params = LookaheadParams(*sizes)
