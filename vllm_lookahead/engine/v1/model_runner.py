@@ -20,9 +20,10 @@ from vllm.v1.core.sched.output import (
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_lookahead.core.pages import EMPTY, BlockPages, page_bytes
+from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
+from vllm_lookahead.engine.page_memory import announce, page_share
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v1 import linear
 from vllm_lookahead.engine.v1.attention import slot_views
@@ -78,11 +79,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def page_share(self) -> float:
         """The part of K/V memory that pages take."""
-        specs = self.get_kv_cache_spec().values()
-        kv_bytes = sum(spec.page_size_bytes for spec in specs)
-        block_size = next(iter(specs)).block_size
-        pages = page_bytes(block_size, self.params)
-        return pages / (pages + kv_bytes)
+        return page_share(self.get_kv_cache_spec().values(), self.params)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -98,17 +95,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         if self.params.can_branch:
             self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]
         warm_up(self.params, block_size, self.slot_views)
-        logger.info(
-            "Lookahead is on: window_size=%d, ngram_size=%d, "
-            "verification_set_size=%d, at most %d tokens per request and step; "
-            "its pages take %.1f MiB, %.2f%% of the KV cache memory.",
-            self.params.window_size,
-            self.params.ngram_size,
-            self.params.verification_set_size,
-            self.params.max_tree_size,
-            page_bytes(block_size, self.params) * kv_cache_config.num_blocks / 2**20,
-            100 * self.page_share(),
-        )
+        share = self.page_share()
+        announce(self.params, kv_cache_config.num_blocks, block_size, share)
 
     def ask_model(self) -> None:
         if self.params.verification_set_size:

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
+from vllm_lookahead.engine.page_memory import announce, page_share
 from vllm_lookahead.engine.shares import tree_budget
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v2.attention import (
@@ -133,6 +134,8 @@ class LookaheadModelRunner(BaseModelRunner):
         )
         self.speculator.pages = self.pages
         self.slot_views = slot_views(attention_layers(self.vllm_config))
+        share = page_share(self.get_kv_cache_spec().values(), self.lookahead)
+        announce(self.lookahead, self.kv_cache_config.num_blocks, block_size, share)
 
     def ask_model(self) -> None:
         if self.lookahead.verification_set_size:

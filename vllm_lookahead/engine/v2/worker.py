@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.utils.mem_utils import format_gib
 
-from vllm_lookahead.core.pages import page_bytes
+from vllm_lookahead.engine.page_memory import page_share
 from vllm_lookahead.engine.patches import install
 from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.v2.warm_up import warm_up
@@ -52,20 +51,7 @@ class LookaheadWorker(BaseWorker):
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Memory for K/V, less what the pages take."""
-        specs = self.get_kv_cache_spec().values()
-        block_sizes = {spec.block_size for spec in specs}
-        if len(block_sizes) != 1:
-            raise ValueError(
-                "lookahead needs one kind of K/V cache; this model's blocks have "
-                f"{sorted(block_sizes)} tokens: start without lookahead"
-            )
-        available = super().determine_available_memory()
-        kv = sum(spec.page_size_bytes for spec in specs)
-        page = page_bytes(block_sizes.pop(), self.model_runner.lookahead)
-        pages = available * page // (kv + page)
-        logger.info(
-            "Lookahead pages take %s GiB, %.2f%% of the K/V cache's memory",
-            format_gib(pages),
-            100 * page / (kv + page),
+        share = page_share(
+            self.get_kv_cache_spec().values(), self.model_runner.lookahead
         )
-        return available - pages
+        return int(super().determine_available_memory() * (1 - share))
