@@ -15,7 +15,6 @@ import importlib.util
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 
 import prompts as prompt_sets  # type: ignore[import-not-found]
 import torch
+from commit import commit  # type: ignore[import-not-found]
 from engine_process import EngineProcess  # type: ignore[import-not-found]
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}
@@ -283,16 +283,10 @@ def report(turns: Turns) -> None:
         )
 
 
-def environment() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+def environment() -> dict[str, str | None]:
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     return {
-        "commit": commit,
+        "commit": commit(),
         "command": " ".join(["python", script, *map(_without_folder, sys.argv[1:])]),
         "python": platform.python_version(),
         "processor": _processor(),

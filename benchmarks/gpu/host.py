@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import commit
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALL = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
 FINDS_PLUGIN = """
@@ -90,13 +92,8 @@ def about() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout
-    except OSError:
-        commit = ""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {**found, "python": python, "commit": commit.strip() or None}
+    return {**found, "python": python, "commit": commit()}
 
 
 def environment(facts: dict[str, Any], own: Environment) -> Environment:

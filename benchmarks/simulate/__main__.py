@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.commit import commit
 from benchmarks.simulate.protocol import Bigrams
 from benchmarks.simulate.record import Model, Oracle
 from benchmarks.simulate.run import Served, oracles, serve
@@ -106,6 +107,7 @@ def main() -> None:
                 for strategy in strategies:
                     for budget in budgets:
                         cell = measure(*run, strategy, budget, args.max_tokens)
+                        cell["commit"] = commit()
                         raw["cells"].setdefault(strategy, {})[str(budget)] = cell
                         print(
                             f"{dataset}, {temperature:g}, {strategy}, {budget}: "
