@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_lookahead.engine.v2 import attention
+from vllm_lookahead.params import LookaheadParams
 
 FP8 = torch.float8_e4m3fn
 
@@ -169,5 +170,6 @@ def test_several_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = {str(size): SimpleNamespace(block_size=size) for size in (16, 32)}
     worker = object.__new__(LookaheadWorker)
     monkeypatch.setattr(worker, "get_kv_cache_spec", lambda: specs, raising=False)
+    worker.model_runner = SimpleNamespace(lookahead=LookaheadParams(3, 3, 3))
     with pytest.raises(ValueError, match=r"blocks have \[16, 32\] tokens"):
         worker.determine_available_memory()
