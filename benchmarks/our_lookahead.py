@@ -4,13 +4,13 @@
 from collections.abc import Sequence
 
 import torch
+from one_request import OneRequest  # type: ignore[import-not-found]
 from tree_model import Draft, TreeModel  # type: ignore[import-not-found]
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.best_first import Hints, Rejected
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS, model_bigrams
 from vllm_lookahead.core.mask import ancestors
-from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.params import LookaheadParams
@@ -58,48 +58,29 @@ class OurLookahead:
             temperature: 0 for greedy decoding.
             seeds: [max_tokens + N] int64 of the noise of each token, if there is any.
         """
-        self.ops, self.params, self.prompt = NumbaOps(), params, list(prompt)
-        self.model, self.bigrams = model, bigrams
+        self.prompt, self.model, self.bigrams = list(prompt), model, bigrams
         room = len(prompt) + max_tokens + params.max_tree_size
-        num_blocks = -(-room // block_size)
-        self.pages = BlockPages.allocate(num_blocks, block_size, params)
-        self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
-        self.position, self.root = len(prompt) - 1, prompt[-1]
+        self.request = OneRequest(
+            NumbaOps(), params, len(prompt) - 1, prompt[-1], 0, room, block_size
+        )
         self.temperature = torch.tensor([temperature], dtype=torch.float32)
         no_seeds = torch.zeros(max_tokens + params.ngram_size, dtype=torch.int64)
         self.seeds = no_seeds if seeds is None else seeds
-        self.num_emitted = 0
         self.rejected = Rejected.none(1)
         self.batch: RequestBatch | None = None
         self.hints: Hints | None = None
         self.tree: DraftTree | None = None
 
-    def _write(self, start: int, tokens: list[int]) -> None:
-        slots = torch.arange(start, start + len(tokens))
-        self.ops.write_tokens(self.pages, slots, torch.tensor(tokens))
-
     def propose(self) -> Draft:
+        request = self.request
         if self.prompt:  # the prefill
-            return Draft.from_parents([self.root], [-1])
-        self._write(self.position, [self.root])
-
-        def one(value: int) -> torch.Tensor:
-            return torch.tensor([value], dtype=torch.int32)
-
-        self.batch = RequestBatch(
-            block_table=self.table,
-            position=one(self.position),
-            root=one(self.root),
-            window_size=one(self.params.window_size),
-            ngram_size=one(self.params.ngram_size),
-            verification_set_size=one(self.params.verification_set_size),
-            max_nodes=one(self.params.max_tree_size),
-        )
-        ahead = torch.arange(self.params.ngram_size - 1) + self.num_emitted
+            return Draft.from_parents([request.root], [-1])
+        self.batch = request.batch(request.params.max_tree_size)
+        ahead = torch.arange(request.params.ngram_size - 1) + request.num_emitted
         self.hints = Hints(
             *self.bigrams, self.temperature, self.seeds[ahead][None], self.rejected
         )
-        self.tree, _ = self.ops.grow(self.pages, self.batch, self.hints, LEAST)
+        self.tree, _ = request.ops.grow(request.pages, self.batch, self.hints, LEAST)
         size = int(self.tree.num_nodes)
         return Draft(
             self.tree.tokens[0, :size].tolist(),
@@ -109,23 +90,15 @@ class OurLookahead:
 
     def accept(self, sampled: list[int]) -> tuple[list[int], list[int]]:
         if self.prompt:
-            self._write(0, self.prompt)
+            self.request.write(0, self.prompt)
             self.prompt = []
-            emitted, path = sampled, [0]
-        else:
-            assert self.batch is not None and self.tree is not None
-            answers = torch.full_like(self.tree.tokens, -1)
-            answers[0, : len(sampled)] = torch.tensor(sampled)
-            verdict = self.ops.verify(self.tree, answers, self.params.ngram_size)
-            self.ops.update(self.pages, self.batch, self.tree, answers, verdict)
-            count = int(verdict.num_emitted)
-            emitted = verdict.tokens[0, :count].tolist()
-            path = verdict.path[0, :count].tolist()
-            node = torch.arange(self.tree.tokens.shape[1])[None]
-            self.rejected = Rejected.of(
-                self.tree, verdict.num_emitted, node, self.model.logits
-            )
-        self.position += len(emitted)
-        self.num_emitted += len(emitted)
-        self.root = emitted[-1]
-        return emitted, path
+            self.request.advance(sampled)
+            return sampled, [0]
+        assert self.batch is not None and self.tree is not None
+        verdict = self.request.accept(self.batch, self.tree, sampled)
+        node = torch.arange(self.tree.tokens.shape[1])[None]
+        self.rejected = Rejected.of(
+            self.tree, verdict.num_emitted, node, self.model.logits
+        )
+        count = int(verdict.num_emitted)
+        return verdict.tokens[0, :count].tolist(), verdict.path[0, :count].tolist()

@@ -2,15 +2,13 @@
 """What the package drafts today: `propose` on a GPU, `grow` on a CPU."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.one_request import OneRequest
 from benchmarks.simulate.protocol import Answers, Request, Tree
-from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.best_first import Hints, Rejected
-from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import WINDOW
 from vllm_lookahead.numba_kernels.ops import NumbaOps
@@ -37,43 +35,31 @@ class Ours:
         grows: bool,
         after: bool = False,
     ) -> None:
-        self.ops: Any = NumbaOps() if grows else ReferenceOps()
-        self.params = LookaheadParams(*sizes)
+        ops = NumbaOps() if grows else ReferenceOps()
         self.reads_all_nodes = grows or sizes[0] > 0
         self.grows, self.request = grows, request
         room = len(request.prompt) + request.max_tokens + MAX_TREE_NODES
-        num_blocks = -(-room // BLOCK_SIZE)
-        self.pages = BlockPages.allocate(num_blocks, BLOCK_SIZE, self.params)
-        self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
+        self.one = OneRequest(
+            ops,
+            LookaheadParams(*sizes),
+            len(request.prompt),
+            request.first,
+            1,
+            room,
+            BLOCK_SIZE,
+        )
         table = request.after if after else request.alone
         self.bigrams = torch.from_numpy(table.ids)
         # Among each other, as `core.draft.bigrams.model_bigrams` has them.
         self.bigram_logits = torch.from_numpy(table.logprobs).log_softmax(-1)
-        self.position, self.root = len(request.prompt), request.first
-        self.rejected, self.emitted = Rejected.none(1), 1
-        self._write(0, request.prompt)
-
-    def _write(self, start: int, tokens: list[int]) -> None:
-        slots = torch.arange(start, start + len(tokens))
-        self.ops.write_tokens(self.pages, slots, torch.tensor(tokens))
+        self.rejected = Rejected.none(1)
+        self.one.write(0, request.prompt)
 
     def draft(self, budget: int) -> Tree:
-        self._write(self.position, [self.root])
-
-        def one(value: int) -> torch.Tensor:
-            return torch.tensor([value], dtype=torch.int32)
-
-        self.batch = RequestBatch(
-            block_table=self.table,
-            position=one(self.position),
-            root=one(self.root),
-            window_size=one(self.params.window_size),
-            ngram_size=one(self.params.ngram_size),
-            verification_set_size=one(self.params.verification_set_size),
-            max_nodes=one(budget),
-        )
+        one = self.one
+        self.batch = one.batch(budget)
         if self.grows:
-            ahead = np.arange(self.params.ngram_size - 1) + self.emitted
+            ahead = np.arange(one.params.ngram_size - 1) + one.num_emitted
             seeds = self.request.seeds[ahead.clip(max=len(self.request.seeds) - 1)]
             hints = Hints(
                 self.bigrams,
@@ -82,10 +68,10 @@ class Ours:
                 torch.from_numpy(seeds)[None],
                 self.rejected,
             )
-            self.tree, _ = NumbaOps.grow(self.pages, self.batch, hints, LEAST)
+            self.tree, _ = one.ops.grow(one.pages, self.batch, hints, LEAST)
         else:
-            most = self.params.verification_set_size
-            self.tree = self.ops.propose(self.pages, self.batch, most, self.bigrams)
+            most = one.params.verification_set_size
+            self.tree = one.ops.propose(one.pages, self.batch, most, self.bigrams)
         size = int(self.tree.num_nodes)
         return Tree(
             self.tree.tokens[0, :size].tolist(),
@@ -94,17 +80,11 @@ class Ours:
         )
 
     def accept(self, answers: Answers, path: Sequence[int]) -> None:
-        sampled = torch.full_like(self.tree.tokens, -1)
-        sampled[0, : len(answers.sampled)] = torch.tensor(answers.sampled)
-        verdict = self.ops.verify(self.tree, sampled, self.params.ngram_size)
-        self.ops.update(self.pages, self.batch, self.tree, sampled, verdict)
+        verdict = self.one.accept(self.batch, self.tree, answers.sampled)
         count = int(verdict.num_emitted)
         assert verdict.path[0, :count].tolist() == list(path)
         if self.grows:
             self.rejected = self._rejected(answers, verdict.num_emitted)
-        self.position += count
-        self.emitted += count
-        self.root = int(verdict.tokens[0, count - 1])
 
     def _rejected(self, answers: Answers, num_emitted: torch.Tensor) -> Rejected:
         """Logits that were not kept are as low as the least that was."""
