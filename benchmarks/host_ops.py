@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.best_first import Hints, Rejected
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE
+from vllm_lookahead.numba_kernels.answers import likeliest_tokens
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
 
@@ -41,6 +44,8 @@ def make_state(
     pages = BlockPages.allocate(batch_size * num_blocks, BLOCK_SIZE, params)
     pages.tokens[:] = text(pages.tokens.numel()).view_as(pages.tokens)
     table = torch.randperm(batch_size * num_blocks).view(batch_size, num_blocks)
+    pages.answers[:] = text(pages.answers.numel()).view_as(pages.answers)
+    pages.answer_count[:] = pages.answers.shape[1]
     if params.window_size:
         harvested = table[:, num_blocks // 2 :]
         ring = pages.ring[harvested]
@@ -73,26 +78,31 @@ def step_calls(
     slots = batch.root_slots(BLOCK_SIZE) | 1
     hints = Hints(
         bigrams=torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS)).int(),
-        bigram_logits=torch.randn(VOCAB, NUM_SUCCESSORS).sort(descending=True).values,
+        bigram_logprobs=torch.randn(VOCAB, NUM_SUCCESSORS).log_softmax(-1),
         temperature=torch.zeros(batch_size),
         seeds=torch.zeros(batch_size, n - 1, dtype=torch.int64),
-        rejected=Rejected.none(batch_size),
+        noise=cpu_noise,
     )
-    least = 1e-9  # of any chance: full trees
-    tree, _ = ops.grow(pages, batch, hints, least)
+    most = params.verification_set_size
+    tree, _ = ops.draft(pages, batch, hints, most)
     sampled = torch.zeros_like(tree.tokens)
     for node in range(tree.tokens.shape[1] - 1, 0, -1):  # the likeliest path is right
         drafted = tree.kinds[:, node] == CANDIDATE
         parent = tree.parents[drafted, node].long()
         sampled[drafted, parent] = tree.tokens[drafted, node]
     verdict = ops.verify(tree, sampled, n)
+    rows = torch.arange(batch_size, dtype=torch.int32) * tree.tokens.shape[1]
+    logits = torch.randn(tree.tokens.numel(), VOCAB)
+    answers = Answers(*likeliest_tokens(logits), rows)
     return {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
-        "grow": lambda: ops.grow(pages, batch, hints, least),
+        "draft": lambda: ops.draft(pages, batch, hints, most),
         "mask": lambda: ops.ancestors(tree),
         "verify": lambda: ops.verify(tree, sampled, n),
         "compact": lambda: ops.compact([], batch, verdict, BLOCK_SIZE),
         "update": lambda: ops.update(pages, batch, tree, sampled, verdict),
+        "likeliest": lambda: likeliest_tokens(logits),
+        "answers": lambda: ops.keep_answers(pages, batch, tree, verdict, answers),
     }
 
 

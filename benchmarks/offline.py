@@ -43,11 +43,14 @@ METHODS: dict[str, dict[str, Any] | None] = {
 Turns = dict[str, list[dict[str, Any]]]
 MIN_REPEATS = 3
 OUTPUT = Path("offline.json")
-SIZES = ("window_size", "ngram_size", "verification_set_size")
+SIZES = ("window_size", "ngram_size", "verification_set_size", "node_budget")
 
 
 def speculative_config(method: str) -> dict[str, Any] | None:
-    """What a name of `--methods` stands for; "lookahead:W/N/G" gives sizes."""
+    """What a name of `--methods` stands for; "lookahead:W/N/G" gives sizes.
+
+    A fourth one is the budget of nodes.
+    """
     name, _, sizes = method.partition(":")
     if name not in METHODS or (sizes and name != "lookahead"):
         known = ", ".join([*METHODS, "lookahead:W/N/G"])
@@ -55,13 +58,13 @@ def speculative_config(method: str) -> dict[str, Any] | None:
     config = METHODS[name]
     if not sizes:
         return config
-    try:
-        values = dict(zip(SIZES, map(int, sizes.split("/")), strict=True))
-    except ValueError:
+    numbers = sizes.split("/")
+    if len(numbers) not in (3, 4) or not all(n.isdecimal() for n in numbers):
         raise SystemExit(
-            f"--methods {method}: sizes are three whole numbers, as in "
+            f"--methods {method}: sizes are three or four whole numbers, as in "
             "lookahead:15/5/15"
-        ) from None
+        )
+    values = dict(zip(SIZES, map(int, numbers), strict=False))
     return {"method": "lookahead", **values}
 
 
@@ -80,6 +83,7 @@ def parse() -> argparse.Namespace:
     add("--dataset", default=prompts, help=help_text)
     add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--methods", default="plain,ngram,suffix,lookahead")
+    add("--chat", action="store_true", help="through the model's chat template")
     add("--num-prompts", type=int, default=16)
     add("--max-tokens", type=int, default=200)
     add("--temperature", default="0.8", help="one or more, with commas")
@@ -183,6 +187,8 @@ def measure(
     An engine that dies moves from `engines` to `not_run`; the others go on.
     """
     texts = prompt_sets.load(cell.dataset, args.data_dir, args.num_prompts)
+    if args.chat:
+        texts = prompt_sets.as_chats(texts, args.model)
 
     def job(texts: list[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
         params = {

@@ -50,6 +50,21 @@ def load(dataset: str, data_dir: str | None, limit: int) -> list[str]:
     return prompts
 
 
+def as_chats(prompts: list[str], model: str) -> list[str]:
+    """The prompts as a user's first turns, by the model's chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for prompt in prompts
+    ]
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:

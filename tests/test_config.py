@@ -49,8 +49,14 @@ def test_sizes_left_out_are_the_platforms() -> None:
         default_params("cpu").window_size,
         4,
         default_params("cpu").verification_set_size,
+        default_params("cpu").node_budget,
     )
-    assert default_params("cuda") == LookaheadParams(15, 5, 15)
+    assert default_params("cuda") == LookaheadParams(0, 9, 32, 64)
+    # A width that is given has the room that it takes.
+    config = LookaheadConfig.from_options({"window_size": 5})
+    assert config.params.fed_window_size == 5
+    config = LookaheadConfig.from_options({"verification_set_size": 9})
+    assert config.params.max_candidate_nodes == 9 * 7
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,10 @@ def test_sizes_left_out_are_the_platforms() -> None:
         ({"window_size": 65}, "window_size=65 is not allowed: .* from 0 to 64"),
         ({"ngram_size": "five"}, "ngram_size='five' is not allowed: .* from 2 to 16"),
         ({"window_size": 64, "ngram_size": 16}, "at most 512 are supported"),
+        (
+            {"window_size": 5, "node_budget": 40},
+            "node_budget=40 has no room for the window: .* raise node_budget to that",
+        ),
         ({"windows_size": 5}, "windows_size=5 is not an option .* use window_size, "),
         ({"prompt_lookup_max": 5}, "prompt_lookup_max=5 is not an option"),
         ({"num_speculative_tokens": 4}, "num_speculative_tokens=4 .* set ngram_size"),
@@ -75,7 +85,8 @@ def test_config_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
     assert replace(config, ngram_size=6).num_speculative_tokens == 5
     assert repr(config) == (
-        "LookaheadConfig(window_size=3, ngram_size=4, verification_set_size=3)"
+        "LookaheadConfig(window_size=3, ngram_size=4, verification_set_size=3, "
+        "node_budget=512)"
     )
 
 

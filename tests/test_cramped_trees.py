@@ -27,7 +27,7 @@ def test_nobody_is_preempted_for_nodes(
     output = driver.step()
 
     assert output.num_scheduled_tokens == {name: N for name in ids}
-    assert output.cramped == {ids[1]}
+    assert output.max_nodes == {ids[0]: T, ids[1]: N}
     assert [driver.blocks(name) for name in ids] == [whole, 2]
     pool.free_blocks(taken)
-    assert not driver.step().cramped
+    assert driver.step().max_nodes == dict.fromkeys(ids, T)

@@ -185,7 +185,7 @@ def synthetic(
     tree_ratio: float,
     speed_up: float,
     distinct: float = 1.65,
-    lookup_ratio: float = 1.25,
+    index_ratio: float = 1.25,
 ) -> dict[str, dict]:
     """Records as stages leave them; the numbers are nobody's measurement."""
     shape = {"size": 120, "num_heads": 32, "num_kv_heads": 32}
@@ -195,13 +195,13 @@ def synthetic(
             r = {**shape, "context": context, "contender": name, "us": us}
             attention.append({**r, "ratio": us / 10})
     flex = {**shape, "context": 1024, "contender": "flex", "failed": "Error: a|b\nc"}
-    us = {"propose": 20.0, "mask": 4.0, "compact": 6.0}
-    step = {"sizes": [15, 5, 15], "moved": 4, "parts": {"lookup": 10.0}}
+    us = {"draft": 20.0, "mask": 4.0, "compact": 6.0}
+    step = {"sizes": [15, 5, 15], "moved": 4, "parts": {"index": 10.0}}
     steps = [{**step, "context": 1024, "us": us}]
-    late = {"propose": 40.0, "mask": 5.0}
+    late = {"draft": 40.0, "mask": 5.0}
     steps += [{**step, "context": c, "us": late} for c in (2048, 4096, 8192)]
     steps += [
-        {**step, "context": 32768, "us": late, "parts": {"lookup": 10 * lookup_ratio}}
+        {**step, "context": 32768, "us": late, "parts": {"index": 10 * index_ratio}}
     ]
     turn = {"seconds": 1.0, "request_steps": 250, "tokens": 250}
     row = {"acceptance_length": 1.0, "distinct_trigrams": 0.5, "tokens_per_second": 250}

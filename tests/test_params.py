@@ -15,6 +15,16 @@ def test_tree_size(window: int, ngram: int, candidates: int, nodes: int) -> None
 
 
 @pytest.mark.parametrize(
+    ("budget", "candidates", "nodes"),
+    [(1, 0, 1), (2, 1, 2), (40, 39, 40), (200, 60, 120)],
+)
+def test_a_budget_bounds_the_tree(budget: int, candidates: int, nodes: int) -> None:
+    params = LookaheadParams(15, 5, 15, budget)
+    assert params.max_candidate_nodes == candidates
+    assert params.max_tree_size == nodes
+
+
+@pytest.mark.parametrize(
     ("sizes", "words"),
     [
         ((65, 5, 1), "window_size=65 is not allowed: .* from 0 to 64"),
@@ -22,6 +32,8 @@ def test_tree_size(window: int, ngram: int, candidates: int, nodes: int) -> None
         ((1, 5, -1), "verification_set_size=-1 is not allowed: .* from 0 to 64"),
         (("5", 5, 1), "window_size='5' is not allowed"),
         ((64, 16, 64), "draft tree of 1920 tokens; at most 512"),
+        ((64, 16, 64, 9), "draft tree of 1920 tokens; at most 512"),
+        ((1, 5, 1, 0), "node_budget=0 is not allowed: .* from 1 to 512"),
     ],
 )
 def test_bad_sizes_are_named(sizes: tuple, words: str) -> None:

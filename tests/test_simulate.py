@@ -9,12 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.simulate.bigrams import load_bigrams
 from benchmarks.simulate.fit import Samples, fit
-from benchmarks.simulate.forest import START, Forest
+from benchmarks.simulate.ours import named, unnamed
 from benchmarks.simulate.protocol import Tree
 from benchmarks.simulate.record import Model, Oracle, load_records
 from benchmarks.simulate.run import serve
-from benchmarks.simulate.sources import Options
-from benchmarks.simulate.strategies import settings
+from benchmarks.simulate.strategies import settings, start, weighted
+from vllm_lookahead.core.draft.estimate import WEIGHTS as DRAFT_WEIGHTS
 
 PROMPT = [5, 9, 5, 9, 7, 5, 9, 5, 3, 11, 5, 9]
 MAX_TOKENS = 20
@@ -49,9 +49,8 @@ def served(model, request, tmp_path_factory):
         "recycling",
         "logitspec",
         "paper",
-        "propose",
-        "grow",
-        "propose+after",
+        "draft",
+        "draft+alone",
         "forest",
         "forest+window-recycled",
         "levels",
@@ -96,22 +95,49 @@ def test_a_tree_is_walked_along_what_was_sampled():
     assert tree.walk([2, 4, 0, 7, 0, 0]) == [0, 1, 3]
 
 
-def test_weights_are_fitted_to_what_followed(served):
+@pytest.mark.parametrize("name", ["forest", "draft"])
+def test_weights_are_fitted_to_what_followed(served, name):
     oracle, bigrams = served
-    samples = Samples()
-    serve(
-        oracle,
-        lambda request: Forest(request, Options(), START),
-        8,
-        MAX_TOKENS,
-        bigrams,
-        samples.watch,
-    )
+    first = start(name)
+    samples = Samples(first)
+    make = weighted(name, 8, first)
+    serve(oracle, make, 8, MAX_TOKENS, bigrams, samples.watch)
     rows, missing, followed = samples.tensors()
 
     def loss(weights):
-        values = torch.tensor(list(weights.values()))
+        values = torch.tensor([weights[term] for term in samples.names])
         logits = (rows @ values).masked_fill(missing, -torch.inf)
         return float(torch.nn.functional.cross_entropy(logits, followed))
 
-    assert loss(fit(samples, START)) < loss(START)
+    fitted = fit(samples, first)
+    assert loss(fitted) < loss(first)
+    assert list(fitted) == list(first)
+    # The fitted weights are a drafter's.
+    serve(oracle, weighted(name, 8, fitted), 8, MAX_TOKENS, bigrams)
+
+
+def test_samples_of_the_drafter_give_its_chances(served):
+    """What is fitted is what drafts."""
+    oracle, bigrams = served
+    weights = start("draft")
+    samples, seen = Samples(weights), 0
+
+    def watch(strategy, tree, answers, path):
+        nonlocal seen
+        before = len(samples.rows)
+        samples.watch(strategy, tree, answers, path)
+        rows = torch.from_numpy(samples.rows[before])  # after the root
+        logits = rows @ torch.tensor([weights[term] for term in samples.names])
+        *chances, _ = logits.log_softmax(0).tolist()
+        children = [i for i, parent in enumerate(tree.parents) if parent == 0]
+        drafted = sorted(strategy.chances[i] for i in children)
+        likeliest = sorted(chances)[len(chances) - len(drafted) :]
+        assert drafted == pytest.approx(likeliest, rel=1e-3)
+        seen += len(drafted)
+
+    serve(oracle, weighted("draft", 16, weights), 16, MAX_TOKENS, bigrams, watch)
+    assert seen > 20
+
+
+def test_weights_have_names():
+    assert unnamed(named(DRAFT_WEIGHTS)) == DRAFT_WEIGHTS

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LookaheadOps` on Triton: no allocation and no sync in the step."""
 
+from dataclasses import replace
+
 import torch
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.index import num_cells
+from vllm_lookahead.core.draft.noise import gpu_noise
+from vllm_lookahead.core.pages import NUM_ANSWERS, BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.params import LookaheadParams
-from vllm_lookahead.triton_kernels import bigrams as bigram_kernels
+from vllm_lookahead.params import MAX_TREE_NODES, LookaheadParams
 from vllm_lookahead.triton_kernels import (
-    chains,
+    answers,
     compact,
+    draft,
+    index,
     mask,
-    pool,
     update,
     verify,
     write,
@@ -34,43 +41,71 @@ class TritonOps:
         params: LookaheadParams,
         max_num_reqs: int,
         device: torch.device | str = "cpu",
+        *,
+        max_tokens: int | None = None,
+        max_rows: int | None = None,
     ) -> None:
+        """
+        Args:
+            params: the server's.
+            max_num_reqs: of a batch.
+            device: of all buffers.
+            max_tokens: that a block table has room for; by default `draft` allocates
+                tables when it first sees one that is wider.
+            max_rows: of a step's logits; by default a whole tree of each request.
+        """
         n, g = params.ngram_size, params.verification_set_size
-        self._n, self._g = n, g
+        self._n, self._g, self._max_tokens = n, g, max_tokens
+        self._budget = params.max_tree_size
+        t = replace(params, node_budget=MAX_TREE_NODES).max_tree_size
 
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty((max_num_reqs, *shape), dtype=torch.int32, device=device)
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty((max_num_reqs, *shape), dtype=dtype, device=device)
 
-        self._scratch = pool.LookupScratch.allocate(max_num_reqs, g, device)
-        self._candidates = empty(g, n - 1)
-        columns = [empty(params.max_tree_size) for _ in range(4)]
-        self._tree = [*columns, empty()]  # the fields of `DraftTree`
+        self._tables = index.IndexTables.allocate(max_num_reqs, max_tokens or 1, device)
+        self._scratch = draft.DraftScratch.allocate(max_num_reqs, g * (n - 1), device)
+        self._tree = [*(empty(t) for _ in range(4)), empty()]  # fields of `DraftTree`
+        self._chances = empty(t, dtype=torch.float32)
         self._emitted, self._path, self._num_emitted = empty(n), empty(n), empty()
+        shape = max_rows or max_num_reqs * t, NUM_ANSWERS
+        self._said = torch.empty(shape, dtype=torch.int32, device=device)
+        self._logprobs = torch.empty(shape, dtype=torch.float32, device=device)
         self._caches: list[torch.Tensor] = []
         self._groups: list[compact.LayerCaches] = []
 
     write_tokens = staticmethod(write.write_tokens)
     update = staticmethod(update.update)
+    keep_answers = staticmethod(answers.keep_answers)
 
-    def propose(
+    def draft(
         self,
         pages: BlockPages,
         batch: RequestBatch,
+        hints: Hints,
         max_candidates: int,
-        bigrams: torch.Tensor | None = None,
-    ) -> DraftTree:
+        weights: Weights = WEIGHTS,
+    ) -> tuple[DraftTree, torch.Tensor]:
         if max_candidates != self._g:
             raise ValueError(
                 f"max_candidates={max_candidates}, but buffers for {self._g}"
             )
-        b = batch.block_table.shape[0]
-        candidates = self._candidates[:b]
-        pool.lookup(pages, batch, self._scratch, candidates)
-        if bigrams is not None:
-            bigram_kernels.complete(candidates, batch, bigrams)
+        b, max_blocks = batch.block_table.shape
+        if self._max_tokens is None:
+            self._widen_tables(max_blocks * pages.block_size)
         tree = DraftTree(*(column[:b] for column in self._tree))
-        chains.build_tree(pages, batch, candidates, tree)
-        return tree
+        chances = self._chances[:b]
+        if self._g:
+            index.file_contexts(pages, batch, self._tables)
+        draft.draft_trees(
+            pages, batch, hints, weights, self._tables, self._scratch, tree, chances
+        )
+        return tree.first_nodes(self._budget), chances[:, : self._budget]
+
+    def _widen_tables(self, max_tokens: int) -> None:
+        rows, cells = self._tables.text.shape
+        if cells < num_cells(max_tokens):
+            device = self._tables.text.device
+            self._tables = index.IndexTables.allocate(rows, max_tokens, device)
 
     def verify(
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int
@@ -81,6 +116,23 @@ class TritonOps:
         verdict = Verdict(self._emitted[:b], self._path[:b], self._num_emitted[:b])
         verify.verify(tree, sampled, verdict)
         return verdict
+
+    def likeliest_tokens(
+        self, logits: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`core.answers.likeliest_tokens`, of the step's rows from the first on."""
+        end = first + logits.shape[0]
+        said, logprobs = self.kept_likeliest(end)
+        result = said[first:], logprobs[first:]
+        answers.likeliest_tokens(logits, *result)
+        return result
+
+    def kept_likeliest(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `likeliest_tokens` has said of the step's first rows."""
+        if num_rows > len(self._said):
+            most = len(self._said)
+            raise ValueError(f"{num_rows} rows of logits, but buffers for {most}")
+        return self._said[:num_rows], self._logprobs[:num_rows]
 
     def compact(
         self,
@@ -100,20 +152,38 @@ class TritonOps:
         pages: BlockPages,
         block_table: torch.Tensor,
         caches: list[torch.Tensor],
+        hints: Hints | None = None,
+        logits_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Compile every kernel before a request waits for it.
 
+        A block table that is wider than `max_tokens`, for vLLM rounds up, is given
+        its tables here.
+
         Args:
             pages, block_table, caches: the engine's own. Nothing in them changes.
+            hints: as `draft` will get them, of at least one request; by default tables
+                of NUM_SUCCESSORS tokens.
+            logits_dtype: of the logits that `likeliest_tokens` will get.
         """
-        n, g, t = self._n, self._g, self._tree[0].shape[1]
+        n, g, t = self._n, self._g, self._budget
+        self._widen_tables(block_table.shape[1] * pages.block_size)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=block_table.device)
 
+        if hints is None:
+            hints = Hints(
+                bigrams=zeros(1, NUM_SUCCESSORS),
+                bigram_logprobs=zeros(1, NUM_SUCCESSORS, dtype=torch.float32),
+                temperature=zeros(1, dtype=torch.float32),
+                seeds=zeros(1, n - 1, dtype=torch.int64),
+                noise=gpu_noise,
+            )
+        one = replace(hints, temperature=hints.temperature[:1], seeds=hints.seeds[:1])
         padding = RequestBatch(block_table[:1], *zeros(6, 1).unbind(0))
         self.write_tokens(pages, zeros(1, dtype=torch.int64) - 1, zeros(1))
-        tree = self.propose(pages, padding, g, zeros(1, 1))
+        tree, _ = self.draft(pages, padding, one, g)
         mask.build_mask(
             tree,
             padding.position,
@@ -126,3 +196,5 @@ class TritonOps:
         verdict = self.verify(tree, sampled, n)
         self.compact(caches, padding, verdict, pages.block_size)
         self.update(pages, padding, tree, sampled, verdict)
+        said = self.likeliest_tokens(zeros(1, 1, dtype=logits_dtype))
+        self.keep_answers(pages, padding, tree, verdict, Answers(*said, zeros(1)))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kernels share about block pages: slots, empty pages, checks."""
 
+import torch
 import triton
 import triton.language as tl
 
-from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.pages import CONTEXT, EMPTY, NUM_ANSWERS, BlockPages
 from vllm_lookahead.triton_kernels.checks import expect
 
 NO_TOKEN = tl.constexpr(EMPTY)
@@ -45,6 +46,7 @@ def empty_pages(
     ring_ptr,  # [num_blocks, RING_CELLS] int32
     ring_count_ptr,  # [num_blocks] int32
     window_ptr,  # [num_blocks, WINDOW_CELLS] int32
+    answer_count_ptr,  # [num_blocks] int32
     block,  # [n] int64
     mask,  # [n], the blocks that have a new owner
     RING_CELLS: tl.constexpr,
@@ -54,6 +56,7 @@ def empty_pages(
     _fill_empty(ring_ptr, block, mask, RING_CELLS, 32)
     _fill_empty(window_ptr, block, mask, WINDOW_CELLS, 32)
     tl.store(ring_count_ptr + block, 0, mask=mask)
+    tl.store(answer_count_ptr + block, 0, mask=mask)
 
 
 def expect_pages(pages: BlockPages) -> None:
@@ -63,3 +66,8 @@ def expect_pages(pages: BlockPages) -> None:
     expect("pages.ring", pages.ring, (num_blocks, -1, rows + 2))
     expect("pages.ring_count", pages.ring_count, (num_blocks,))
     expect("pages.window", pages.window, (num_blocks, -1, -1))
+    shape = num_blocks, -1, CONTEXT + NUM_ANSWERS
+    expect("pages.answers", pages.answers, shape)
+    shape = num_blocks, pages.answers.shape[1], NUM_ANSWERS
+    expect("pages.answer_logprobs", pages.answer_logprobs, shape, torch.float32)
+    expect("pages.answer_count", pages.answer_count, (num_blocks,))

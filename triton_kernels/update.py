@@ -36,10 +36,11 @@ _checked = Checked()
 
 @jit
 def _update_kernel(
-    page_tokens_ptr,  # [num_blocks, BLOCK_SIZE] int32, in and out, as the three below
+    page_tokens_ptr,  # [num_blocks, BLOCK_SIZE] int32, in and out, as the four below
     ring_ptr,  # [num_blocks, RING_SIZE, ROWS+2] int32
     ring_count_ptr,  # [num_blocks] int32
     window_ptr,  # [num_blocks, ROWS, COLUMNS] int32
+    answer_count_ptr,  # [num_blocks] int32
     tokens_ptr,  # [B, T] int32
     kinds_ptr,  # [B, T] int32
     num_nodes_ptr,  # [B] int32
@@ -85,6 +86,7 @@ def _update_kernel(
         ring_ptr,
         ring_count_ptr,
         window_ptr,
+        answer_count_ptr,
         slot // BLOCK_SIZE,
         fresh,
         RING_SIZE * (ROWS + 2),
@@ -188,6 +190,7 @@ def update(
         pages.ring,
         pages.ring_count,
         pages.window,
+        pages.answer_count,
         tree.tokens,
         tree.kinds,
         tree.num_nodes,

@@ -22,6 +22,7 @@ def _write_tokens_kernel(
     ring_ptr,  # [num_blocks, RING_CELLS] int32
     ring_count_ptr,  # [num_blocks] int32
     window_ptr,  # [num_blocks, WINDOW_CELLS] int32
+    answer_count_ptr,  # [num_blocks] int32
     slots_ptr,  # [n] int64
     new_tokens_ptr,  # [n]
     n,
@@ -40,6 +41,7 @@ def _write_tokens_kernel(
         ring_ptr,
         ring_count_ptr,
         window_ptr,
+        answer_count_ptr,
         slot // BLOCK_SIZE,
         fresh,
         RING_CELLS,
@@ -70,6 +72,7 @@ def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -
         pages.ring,
         pages.ring_count,
         pages.window,
+        pages.answer_count,
         slots,
         tokens,
         n,

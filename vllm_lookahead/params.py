@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three numbers of lookahead decoding, and their per-request overrides.
+"""The numbers of lookahead decoding, and their per-request overrides.
 
 Fu et al. 2024, "Break the Sequential Dependency of LLM Inference Using
 Lookahead Decoding", section 3: window size W, n-gram size N, and verification
-set size G. Imports neither torch nor vLLM.
+set size G; and a budget of nodes. Imports neither torch nor vLLM.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,14 @@ from typing import Any
 
 METHOD = "lookahead"  # of vLLM's `speculative_config`
 
+MAX_TREE_NODES = 512
 # Inclusive ranges, by the name that a user types.
 RANGES: dict[str, tuple[int, int]] = {
     "window_size": (0, 64),
     "ngram_size": (2, 16),
     "verification_set_size": (0, 64),
+    "node_budget": (1, MAX_TREE_NODES),
 }
-MAX_TREE_NODES = 512
 
 REQUEST_SWITCH = "lookahead"
 REQUEST_PREFIX = "lookahead_"
@@ -29,25 +30,28 @@ class LookaheadParams:
     """Sizes of one request's draft tree.
 
     Attributes:
-        window_size: W, columns of the Jacobi window; 0 leaves the window out
-            and drafts from the n-gram pool alone.
-        ngram_size: N; a pool entry is a key token and N-1 values. At most N
+        window_size: W, columns of the Jacobi window; 0 leaves the window out.
+        ngram_size: N; an n-gram of the window is a key token and N-1 values. At most N
             tokens are emitted per step.
-        verification_set_size: G, most candidate n-grams verified in a step.
+        verification_set_size: G, most candidates side by side: of one depth.
+        node_budget: most tokens fed in a step. The window is fed where the whole tree
+            fits.
     """
 
     window_size: int
     ngram_size: int
     verification_set_size: int
+    node_budget: int = MAX_TREE_NODES
 
     def __post_init__(self) -> None:
         for name in RANGES:
             check_range(name, getattr(self, name), *RANGES[name])
-        if self.max_tree_size > MAX_TREE_NODES:
+        size = self.whole_size
+        if size > MAX_TREE_NODES:
             raise ValueError(
                 f"window_size={self.window_size}, ngram_size={self.ngram_size}, "
                 f"verification_set_size={self.verification_set_size} make a draft "
-                f"tree of {self.max_tree_size} tokens; at most {MAX_TREE_NODES} "
+                f"tree of {size} tokens; at most {MAX_TREE_NODES} "
                 "are supported: lower one of the three"
             )
 
@@ -57,13 +61,29 @@ class LookaheadParams:
         return self.window_size > 0 or self.verification_set_size > 1
 
     @property
-    def max_candidate_nodes(self) -> int:
+    def max_grown_nodes(self) -> int:
+        """Candidates to choose from: all that may be of any depth."""
         return self.verification_set_size * (self.ngram_size - 1)
+
+    @property
+    def whole_size(self) -> int:
+        """Nodes without a budget: the root, all candidates and the window."""
+        window = max(0, self.window_size * (self.ngram_size - 1) - 1)
+        return 1 + self.max_grown_nodes + window
+
+    @property
+    def fed_window_size(self) -> int:
+        """W, or 0 where the budget has no room for a whole tree: then none is fed."""
+        return self.window_size if self.whole_size <= self.node_budget else 0
+
+    @property
+    def max_candidate_nodes(self) -> int:
+        return min(self.max_grown_nodes, self.node_budget - 1)
 
     @property
     def max_window_nodes(self) -> int:
         """Window nodes other than the root, which is its node (0, 0)."""
-        return max(0, self.window_size * (self.ngram_size - 1) - 1)
+        return max(0, self.fed_window_size * (self.ngram_size - 1) - 1)
 
     @property
     def max_tree_size(self) -> int:

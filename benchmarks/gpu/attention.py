@@ -43,7 +43,7 @@ class Shape:
 
 
 def chains_of_four(size: int) -> torch.Tensor:
-    """[T, T] bool: chains under one root, as the pool's candidates are."""
+    """[T, T] bool: chains under one root."""
     seen = torch.eye(size, dtype=torch.bool)
     for node in range(1, size):
         seen[node] |= seen[0 if node % 4 == 1 else node - 1]

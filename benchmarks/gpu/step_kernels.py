@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 from vllm_lookahead.core.verify import Verdict
@@ -17,7 +20,7 @@ from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.engine.v2.trees import Plan, StepTrees
 from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
-from vllm_lookahead.triton_kernels import pool
+from vllm_lookahead.triton_kernels.index import IndexTables, file_contexts
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -51,6 +54,9 @@ def make_state(
     pages = BlockPages.allocate(num_blocks, block_size, params, device)
     pages.tokens.copy_(text(*pages.tokens.shape, device=device))
     table = torch.randperm(num_blocks, device=device).view(requests, per_request)
+    if params.verification_set_size:
+        pages.answers.copy_(text(*pages.answers.shape, device=device))
+        pages.answer_count.fill_(pages.answers.shape[1])
     if params.window_size:
         harvested = table[:, per_request // 2 :]
         ring = pages.ring[harvested]
@@ -75,18 +81,19 @@ def make_state(
 
 
 def accept_a_branch(tree: DraftTree, b: int, sampled: torch.Tensor) -> None:
-    """Have the model say a chain whose K/V must move, if the tree has one.
+    """Have the model say the branch of which most K/V must move.
 
     Args:
-        tree: host tensors. The first chain's nodes lie at their depths; others don't.
+        tree: host tensors.
         sampled: [T] int64, out, of request b.
     """
     parents, depths = tree.parents[b].tolist(), tree.depths[b].tolist()
     kinds, count = tree.kinds[b].tolist(), int(tree.num_nodes[b])
+    moved = [0] * count
+    for i in range(1, count):
+        moved[i] = moved[parents[i]] + (depths[i] < i)
     drafted = [i for i in range(count) if kinds[i] == CANDIDATE]
-    if not drafted:
-        return
-    node = max(drafted, key=lambda i: (depths[i] < i, depths[i]))
+    node = max(drafted, key=moved.__getitem__, default=0)
     while node > 0:
         sampled[parents[node]] = tree.tokens[b, node]
         node = parents[node]
@@ -123,8 +130,17 @@ def step_calls(
     )
     ops = TritonOps(params, requests, device)
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
-    bigrams = torch.randint(0, VOCAB, (VOCAB, NUM_SUCCESSORS), device=device).int()
-    tree = ops.propose(pages, batch, g, bigrams)
+    shape = VOCAB, NUM_SUCCESSORS
+    hints = Hints(
+        bigrams=torch.randint(0, VOCAB, shape, device=device).int(),
+        # Nearly alike, so that trees are bushy and much K/V moves.
+        bigram_logprobs=0.01 * torch.randn(shape, device=device),
+        temperature=torch.full((requests,), 0.01, device=device),
+        seeds=torch.zeros(requests, 1, dtype=torch.int64, device=device),
+        noise=gpu_noise,
+    )
+    tree, _ = ops.draft(pages, batch, hints, g)
+    tree = DraftTree(*(column.clone() for column in vars(tree).values()))
     host = torch.full((requests, t), VOCAB)  # a token that nobody drafts
     host_tree = DraftTree(**{name: x.cpu() for name, x in vars(tree).items()})
     for b in range(requests):
@@ -136,22 +152,30 @@ def step_calls(
     bits = torch.empty(requests, t, -(-t // 32), dtype=torch.int32, device=device)
     positions = torch.empty(requests * t, dtype=torch.int64, device=device)
     input_ids = torch.empty(requests * t, dtype=torch.int32, device=device)
+    num_rows = requests * (1 + params.max_candidate_nodes)
+    vocab_size = LLAMA[1] if device == "cuda" else 8
+    logits = torch.zeros(num_rows, vocab_size, dtype=torch.bfloat16, device=device)
+    rows = torch.arange(requests, dtype=torch.int32, device=device)
+    tokens, logprobs = ops.likeliest_tokens(logits)
+    answers = Answers(tokens, logprobs, rows * (1 + params.max_candidate_nodes))
     calls: Calls = {
         "write_tokens": lambda: ops.write_tokens(pages, slots, batch.root),
-        "propose": lambda: ops.propose(pages, batch, g, bigrams),
+        "draft": lambda: ops.draft(pages, batch, hints, g),
         "mask": lambda: build_mask(
             tree, batch.position, starts, bits, positions, input_ids
         ),
         "verify": lambda: ops.verify(tree, sampled, n),
         "compact": lambda: ops.compact(caches, batch, verdict, block_size),
         "update": lambda: ops.update(pages, batch, tree, sampled, verdict),
+        "likeliest_tokens": lambda: ops.likeliest_tokens(logits),
+        "keep_answers": lambda: ops.keep_answers(pages, batch, tree, verdict, answers),
         **engine_calls(params, tree, verdict, context, device),
     }
     if caches[0].shape[0] < pages.tokens.shape[0]:
         del calls["compact"]
-    scratch = pool.LookupScratch.allocate(requests, g, device)
-    candidates = torch.empty(requests, g, n - 1, dtype=torch.int32, device=device)
-    parts: Calls = {"lookup": lambda: pool.lookup(pages, batch, scratch, candidates)}
+    max_tokens = batch.block_table.shape[1] * block_size
+    tables = IndexTables.allocate(requests, max_tokens, device)
+    parts: Calls = {"index": lambda: file_contexts(pages, batch, tables)}
     return calls, parts, num_moved(verdict)
 
 

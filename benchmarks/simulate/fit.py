@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit the weights by which the forest's sources add up, on prompts held out.
+"""Fit the weights by which sources add up, on prompts held out.
 
     python -m benchmarks.simulate.fit --model .models/SmolLM2-135M-Instruct \\
-        --data-dir DATA --strategies forest,forest-last
+        --data-dir DATA --strategies draft,forest,forest-last
 
 Multinomial logistic regression: of every node that was reached, which token followed,
 given what each source had to say. A strategy's weights are those of its own options.
@@ -11,21 +11,21 @@ Printed are the weights, and by how far estimates miss on other prompts held out
 
 import argparse
 import json
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.simulate.forest import START, Forest, Weights
+from benchmarks.simulate.forest import Forest, Weights
+from benchmarks.simulate.ours import Ours
 from benchmarks.simulate.protocol import Answers, Strategy, Tree
 from benchmarks.simulate.record import Model, Oracle
 from benchmarks.simulate.run import oracles, serve
-from benchmarks.simulate.strategies import WEIGHTS, options
+from benchmarks.simulate.strategies import WEIGHTS, start, weighted
 from benchmarks.simulate.strategies import weights as fitted_weights
 from benchmarks.simulate.table import calibration
 
-NAMES = list(START)
 # Per sample: keeps weights that the samples say nothing about where they are.
 RIDGE = 1e-3
 
@@ -34,44 +34,48 @@ class Samples:
     """What was known at each node reached, and what followed.
 
     Attributes:
-        rows: [candidates + 1, len(NAMES)] of each sample, the other tokens' last.
+        names: of the weights.
+        rows: [candidates + 1, len(names)] of each sample, the other tokens' last.
         followed: which of them did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
         self.rows: list[np.ndarray] = []
         self.followed: list[int] = []
 
     def watch(
         self, strategy: Strategy, tree: Tree, answers: Answers, path: list[int]
     ) -> None:
-        assert isinstance(strategy, Forest)
+        assert isinstance(strategy, Forest | Ours)
+        names = self.names
         temperature = strategy.request.temperature
         emitted = [answers.sampled[node] for node in path]
         for depth, token in enumerate(emitted):
             index: dict[int, int] = {}
             cells: list[tuple[int, int, float]] = []
-            for name, row in strategy.known.evidence(emitted[:depth]):
-                column = NAMES.index(name)
+            for name, row in strategy.evidence(emitted[:depth]):
+                column = names.index(name)
                 for candidate, x in row.items():
                     at = index.setdefault(candidate, len(index))
                     cells.append((at, column, x))
-            rows = np.zeros((len(index) + 1, len(NAMES)), np.float32)
+            rows = np.zeros((len(index) + 1, len(names)), np.float32)
             for at, column, x in cells:
                 rows[at, column] += x
-            if temperature > 0 and strategy.known.options.noise:
+            if temperature > 0 and strategy.reads_noise:
                 noise = strategy.request.noise[strategy.number + depth]
-                rows[:-1, NAMES.index("noise")] = temperature * noise[list(index)]
-            rows[-1, NAMES.index("other")] = 1
-            rows[-1, NAMES.index("other by temperature")] = temperature
-            rows[-1, NAMES.index("other by depth")] = min(depth, 4)
+                rows[:-1, names.index("noise")] = temperature * noise[list(index)]
+            rows[-1, names.index("other")] = 1
+            rows[-1, names.index("other by temperature")] = temperature
+            if "other by depth" in names:
+                rows[-1, names.index("other by depth")] = min(depth, 4)
             self.rows.append(rows)
             self.followed.append(index.get(token, len(index)))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """rows [n, most, len(NAMES)], missing [n, most] bool, followed [n]."""
+        """rows [n, most, len(names)], missing [n, most] bool, followed [n]."""
         shape = len(self.rows), max(map(len, self.rows))
-        rows = torch.zeros(*shape, len(NAMES))
+        rows = torch.zeros(*shape, len(self.names))
         missing = torch.ones(shape, dtype=torch.bool)
         for i, sample in enumerate(self.rows):
             rows[i, : len(sample)] = torch.from_numpy(sample)
@@ -82,7 +86,7 @@ class Samples:
 def fit(samples: Samples, start: Weights) -> dict[str, float]:
     """The weights that say most of what did follow."""
     rows, missing, followed = samples.tensors()
-    first = torch.tensor([start[name] for name in NAMES])
+    first = torch.tensor([start[name] for name in samples.names])
     weights = first.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
 
@@ -95,13 +99,14 @@ def fit(samples: Samples, start: Weights) -> dict[str, float]:
         return loss
 
     optimizer.step(closure)
-    return dict(zip(NAMES, weights.detach().tolist(), strict=True))
+    return dict(zip(samples.names, weights.detach().tolist(), strict=True))
 
 
 def check(samples: Samples, weights: Weights) -> dict[str, Any]:
     """Calibration overall and of the tokens that each source speaks for."""
     rows, missing, followed = samples.tensors()
-    values = torch.tensor([weights[name] for name in NAMES])
+    names = samples.names
+    values = torch.tensor([weights[name] for name in names])
     chances = (rows @ values).masked_fill(missing, -torch.inf).log_softmax(-1)
     hit = torch.zeros_like(missing)
     hit[torch.arange(len(hit)), followed] = True
@@ -109,8 +114,8 @@ def check(samples: Samples, weights: Weights) -> dict[str, Any]:
     of = ~missing
     of[torch.arange(len(of)), of.sum(1) - 1] = False
     out: dict[str, Any] = {}
-    for name in ["all", *NAMES]:
-        inside = of if name == "all" else of & (rows[..., NAMES.index(name)] != 0)
+    for name in ["all", *names]:
+        inside = of if name == "all" else of & (rows[..., names.index(name)] != 0)
         if inside.any():
             pairs = zip(chances[inside].tolist(), hit[inside].tolist(), strict=True)
             out[name] = calibration(list(pairs))
@@ -153,27 +158,22 @@ def main() -> None:
             )
             requests += found[args.skip_prompts :]
     for name in args.strategies.split(","):
-        weights: Weights = fitted_weights(args.start)
+        weights = first = start(name)
+        if args.start:
+            weights = fitted_weights(args.start)
         for _ in range(args.rounds):
-            samples, tested = Samples(), Samples()
+            samples, tested = Samples(list(first)), Samples(list(first))
             for i, oracle in enumerate(requests):
                 # Every fourth request says how well the rest's weights hold.
                 watch = (tested if i % 4 == 3 else samples).watch
                 for budget in map(int, args.budgets.split(",")):
-                    make = partial(Forest, options=options(name), weights=weights)
-                    serve(
-                        oracle,
-                        make,
-                        budget,
-                        args.max_tokens,
-                        bigrams,
-                        watch,
-                    )
-            weights = fit(samples, START)
+                    make = weighted(name, budget, weights)
+                    serve(oracle, make, budget, args.max_tokens, bigrams, watch)
+            weights = fit(samples, first)
         table = check(tested, weights)
         samples.rows += tested.rows
         samples.followed += tested.followed
-        weights = fit(samples, START)
+        weights = fit(samples, first)
         print(f"{name}, {len(samples.rows)} samples")
         for term, weight in weights.items():
             line = ""

@@ -7,10 +7,10 @@ as one, is its chance after its parent. A node's chance is the product on its pa
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.simulate.protocol import Answers, Request, Tree
-from benchmarks.simulate.sources import Knowledge, Options
+from benchmarks.simulate.sources import Knowledge, Options, Row
 
 Weights = Mapping[str, float]
 # Where nothing was fitted yet.
@@ -59,6 +59,13 @@ class Forest:
         self.weights, self.request = weights, request
         self.reads_all_nodes = options.recycled or options.rejected or options.window
         self.beam, self.successors = beam, successors
+
+    def evidence(self, path: list[int]) -> Iterable[tuple[str, Row]]:
+        return self.known.evidence(path)
+
+    @property
+    def reads_noise(self) -> bool:
+        return self.known.options.noise
 
     @property
     def number(self) -> int:

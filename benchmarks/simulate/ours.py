@@ -1,46 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package drafts today: `propose` on a GPU, `grow` on a CPU."""
+"""What the package drafts: `draft`, on pages of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from benchmarks.one_request import OneRequest
+from benchmarks.simulate.one_request import OneRequest
 from benchmarks.simulate.protocol import Answers, Request, Tree
-from vllm_lookahead.core.draft.best_first import Hints, Rejected
-from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.answers import Answers as TopTokens
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.grow import estimator_of
+from vllm_lookahead.core.draft.noise import cpu_noise
+from vllm_lookahead.core.pages import NUM_ANSWERS
 from vllm_lookahead.core.tree import WINDOW
 from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.params import MAX_TREE_NODES, LookaheadParams
 
 BLOCK_SIZE = 16
-# Chance from which `grow` drafts: as many nodes as there is room for.
-LEAST = 1e-9
+
+
+def named(weights: Weights) -> dict[str, float]:
+    """Weights by the names of `Estimator.evidence`."""
+    text = {f"text{i}": x for i, x in enumerate(weights.text, 1)}
+    answer = {f"answer{i}": x for i, x in enumerate(weights.answer, 1)}
+    other = dict(zip(("other", "other by temperature"), weights.other, strict=True))
+    return text | answer | {"bigram": weights.bigram, "noise": weights.noise} | other
+
+
+def unnamed(weights: Mapping[str, float]) -> Weights:
+    return Weights(
+        (weights["text1"], weights["text2"], weights["text3"]),
+        (weights["answer1"], weights["answer2"], weights["answer3"]),
+        weights["bigram"],
+        weights["noise"],
+        (weights["other"], weights["other by temperature"]),
+    )
 
 
 class Ours:
     """One request on pages of its own.
 
-    Args:
-        sizes: W, N and G.
-        grows: whether trees are grown best first.
-        after: whether bigrams are those after punctuation, and not today's.
+    Attributes:
+        chances: log-chance of each node of the last tree.
     """
+
+    reads_all_nodes = reads_noise = True
 
     def __init__(
         self,
         request: Request,
         sizes: tuple[int, int, int],
-        grows: bool,
-        after: bool = False,
+        weights: Weights = WEIGHTS,
+        alone: bool = False,
     ) -> None:
-        ops = NumbaOps() if grows else ReferenceOps()
-        self.reads_all_nodes = grows or sizes[0] > 0
-        self.grows, self.request = grows, request
+        """
+        Args:
+            sizes: W, N and G.
+            weights: of the sources.
+            alone: whether bigrams are those of tokens that nothing precedes.
+        """
+        self.request, self.weights = request, weights
         room = len(request.prompt) + request.max_tokens + MAX_TREE_NODES
         self.one = OneRequest(
-            ops,
+            NumbaOps(),
             LookaheadParams(*sizes),
             len(request.prompt),
             request.first,
@@ -48,31 +71,45 @@ class Ours:
             room,
             BLOCK_SIZE,
         )
-        table = request.after if after else request.alone
-        self.bigrams = torch.from_numpy(table.ids)
-        # Among each other, as `core.draft.bigrams.model_bigrams` has them.
-        self.bigram_logits = torch.from_numpy(table.logprobs).log_softmax(-1)
-        self.rejected = Rejected.none(1)
+        table = request.alone if alone else request.after
+        self.bigrams = torch.from_numpy(table.ids), torch.from_numpy(table.logprobs)
         self.one.write(0, request.prompt)
+
+    @property
+    def number(self) -> int:
+        """Of the output's token that follows the root."""
+        return self.one.num_emitted
+
+    def evidence(self, path: list[int]) -> Iterable[tuple[str, dict[int, float]]]:
+        """Of the step whose tree was drafted last."""
+        (request,) = self.batch.requests()
+        known = self.one.pages, request, self.hints, 0, self.weights
+        return estimator_of(*known).evidence(path)
+
+    @property
+    def hints(self) -> Hints:
+        """Of the step to come."""
+        ahead = np.arange(self.one.params.ngram_size - 1) + self.one.num_emitted
+        seeds = self.request.seeds[ahead.clip(max=len(self.request.seeds) - 1)]
+        return Hints(
+            *self.bigrams,
+            torch.tensor([self.request.temperature]),
+            torch.from_numpy(seeds)[None],
+            cpu_noise,
+        )
 
     def draft(self, budget: int) -> Tree:
         one = self.one
         self.batch = one.batch(budget)
-        if self.grows:
-            ahead = np.arange(one.params.ngram_size - 1) + one.num_emitted
-            seeds = self.request.seeds[ahead.clip(max=len(self.request.seeds) - 1)]
-            hints = Hints(
-                self.bigrams,
-                self.bigram_logits,
-                torch.tensor([self.request.temperature]),
-                torch.from_numpy(seeds)[None],
-                self.rejected,
-            )
-            self.tree, _ = one.ops.grow(one.pages, self.batch, hints, LEAST)
-        else:
-            most = one.params.verification_set_size
-            self.tree = one.ops.propose(one.pages, self.batch, most, self.bigrams)
+        self.tree, chances = one.ops.draft(
+            one.pages,
+            self.batch,
+            self.hints,
+            one.params.verification_set_size,
+            self.weights,
+        )
         size = int(self.tree.num_nodes)
+        self.chances = [0.0, *chances[0, 1:size].double().log().tolist()]
         return Tree(
             self.tree.tokens[0, :size].tolist(),
             self.tree.parents[0, :size].tolist(),
@@ -80,21 +117,11 @@ class Ours:
         )
 
     def accept(self, answers: Answers, path: Sequence[int]) -> None:
-        verdict = self.one.accept(self.batch, self.tree, answers.sampled)
+        said = TopTokens(
+            torch.from_numpy(answers.ids[:, :NUM_ANSWERS].astype(np.int32)),
+            torch.from_numpy(answers.logprobs[:, :NUM_ANSWERS].astype(np.float32)),
+            torch.zeros(1, dtype=torch.int32),
+        )
+        verdict = self.one.accept(self.batch, self.tree, answers.sampled, said)
         count = int(verdict.num_emitted)
         assert verdict.path[0, :count].tolist() == list(path)
-        if self.grows:
-            self.rejected = self._rejected(answers, verdict.num_emitted)
-
-    def _rejected(self, answers: Answers, num_emitted: torch.Tensor) -> Rejected:
-        """Logits that were not kept are as low as the least that was."""
-        logits = torch.from_numpy(answers.logprobs[:, -1:]).repeat(
-            1, self.bigrams.shape[0]
-        )
-        logits.scatter_(
-            1,
-            torch.from_numpy(answers.ids).long().clamp(min=0),
-            torch.from_numpy(answers.logprobs),
-        )
-        node = torch.arange(self.tree.tokens.shape[1])[None]
-        return Rejected.of(self.tree, num_emitted, node, logits)

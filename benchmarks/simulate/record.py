@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.simulate.protocol import Answers, Tree
-from vllm_lookahead.core.draft.noise import gumbel_noise
+from vllm_lookahead.core.draft.noise import cpu_noise
 
 # Likeliest tokens kept of each distribution. Those below count as the last one.
 KEPT = 256
@@ -60,10 +60,9 @@ class Noise:
     def __getitem__(self, number: int) -> np.ndarray:
         """[V] of the output's token of this number."""
         if number not in self.known:
-            seed = torch.tensor(int(self.seeds[min(number, len(self.seeds) - 1)]))
-            self.known[number] = gumbel_noise(
-                seed, torch.arange(self.vocab_size)
-            ).numpy()
+            seed = int(self.seeds[min(number, len(self.seeds) - 1)])
+            tokens = np.arange(self.vocab_size)
+            self.known[number] = cpu_noise(seed, number, tokens)
         return self.known[number]
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strategies by name, each with the settings that are tried at a budget.
 
-"forest" takes options: "forest-last" is without that source, "forest+window" with it,
-"levels" is the forest grown level by level, and takes the same ones. "grow+after" and
-"propose+after" have the bigrams of tokens after punctuation.
+"draft" is what the package drafts, "draft+alone" with bigrams of tokens that nothing
+precedes. "forest" takes options: "forest-last" is without that source, "forest+window"
+with it; "levels" is the forest grown level by level, and takes the same ones.
 """
 
 import json
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulate.forest import START, Forest, Weights
-from benchmarks.simulate.ours import Ours
+from benchmarks.simulate.ours import Ours, named, unnamed
 from benchmarks.simulate.paper import Paper
 from benchmarks.simulate.protocol import Request, Strategy
 from benchmarks.simulate.recycling import Recycling
 from benchmarks.simulate.retrieval import LogitSpec, PromptLookup, Suffix
 from benchmarks.simulate.sources import Options
+from vllm_lookahead.core.draft.estimate import WEIGHTS as DRAFT_WEIGHTS
 
 Make = Callable[[Request], Strategy]
-BASELINES = "lookup,suffix,recycling,logitspec,paper,propose,grow"
+BASELINES = "lookup,suffix,recycling,logitspec,paper,draft"
 WEIGHTS = Path(__file__).parents[1] / "results" / "simulate-weights.json"
 # Of levels: nodes that get children, and how many each.
 BEAM, SUCCESSORS = 8, 8
@@ -44,6 +45,24 @@ def weights(name: str) -> Weights:
     return fitted.get(key, {}).get("weights", START)
 
 
+def start(name: str) -> Weights:
+    """What fitting starts from."""
+    return named(DRAFT_WEIGHTS) if name.startswith("draft") else START
+
+
+def weighted(name: str, budget: int, weights: Weights) -> Make:
+    """A drafter by its weights."""
+    if name.startswith("draft"):
+        own = unnamed(weights)
+        return partial(Ours, sizes=sizes_of(budget), weights=own, alone=name != "draft")
+    return partial(Forest, options=options(name), weights=weights)
+
+
+def sizes_of(budget: int) -> tuple[int, int, int]:
+    """W, N and G that leave the drafter its choice of so many nodes."""
+    return 0, 13, min(42, max(1, budget - 1))
+
+
 def settings(name: str, budget: int) -> dict[str, Make]:
     """What is tried at this budget; the best one counts."""
     if name == "lookup":
@@ -61,16 +80,8 @@ def settings(name: str, budget: int) -> dict[str, Make]:
         # (N - 1) (W + G) nodes; N = 2 has no window to speak of.
         sizes = [(budget // (2 * n - 2), n, budget // (2 * n - 2)) for n in (3, 5)]
         return {"/".join(map(str, s)): partial(Paper, sizes=s) for s in sizes if s[0]}
-    after = name.endswith("+after")
-    if name in ("propose", "propose+after"):
-        sizes = [(0, n, (budget - 1) // (n - 1)) for n in (3, 4, 5)]
-        return {
-            "/".join(map(str, s)): partial(Ours, sizes=s, grows=False, after=after)
-            for s in sizes
-            if 0 < s[2] <= 64
-        }
-    if name in ("grow", "grow+after"):
-        return {"": partial(Ours, sizes=(0, 9, 63), grows=True, after=after)}
+    if name in ("draft", "draft+alone"):
+        return {"": partial(Ours, sizes=sizes_of(budget), alone=name != "draft")}
     if re.match(r"(forest|levels)([+-]|$)", name):
         beam, most = (BEAM, SUCCESSORS) if name.startswith("levels") else (None, None)
         known = options(name), weights(name), beam, most

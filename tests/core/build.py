@@ -2,14 +2,17 @@
 """Small builders: pages, batches and trees from Python lists, and back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import cpu_noise
+from vllm_lookahead.core.pages import CONTEXT, EMPTY, NUM_ANSWERS, BlockPages
 from vllm_lookahead.core.step import LookaheadOps
-from vllm_lookahead.core.tree import DraftTree, Node
+from vllm_lookahead.core.tree import CANDIDATE, DraftTree, Node
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -32,7 +35,10 @@ def ints(values: Sequence) -> torch.Tensor:
 
 def make_pages(num_blocks: int, block_size: int, w: int, n: int) -> BlockPages:
     device = torch.get_default_device()
-    return BlockPages.allocate(num_blocks, block_size, LookaheadParams(w, n, 0), device)
+    params = LookaheadParams(
+        w, n, -(-15 // (n - 1))
+    )  # as many answers as are ever kept
+    return BlockPages.allocate(num_blocks, block_size, params, device)
 
 
 def clone_pages(pages: BlockPages) -> BlockPages:
@@ -78,6 +84,70 @@ def put_in_ring(pages: BlockPages, block: int, ngrams: Sequence[Sequence[int]]) 
         padded = [*ngram, *[EMPTY] * (width - len(ngram))]
         pages.ring[block, at] = ints(padded)
     pages.ring_count[block] = len(ngrams)
+
+
+def put_answers(
+    pages: BlockPages,
+    block: int,
+    answers: Sequence[tuple[Sequence[int], dict[int, float]]],
+) -> None:
+    """Fill a block's ring of answers, oldest first.
+
+    Args:
+        answers: (the last tokens as they stand in the text, log-probability of each
+            token that may follow). Short ones are padded with EMPTY.
+    """
+    for at, (text, successors) in enumerate(answers):
+        nearest_first = [*text[::-1], *[EMPTY] * CONTEXT][:CONTEXT]
+        missing = NUM_ANSWERS - len(successors)
+        tokens, logprobs = [*successors], [*successors.values()]
+        pages.answers[block, at] = ints([*nearest_first, *tokens, *[EMPTY] * missing])
+        pages.answer_logprobs[block, at] = torch.tensor([*logprobs, *[0.0] * missing])
+    pages.answer_count[block] = len(answers)
+
+
+def make_hints(num_requests: int = 1, n: int = 4, **given: Any) -> Hints:
+    """Hints of nothing, but for what is given; N of the server."""
+    nothing = Hints(
+        bigrams=torch.zeros(0, 0, dtype=torch.int32),
+        bigram_logprobs=torch.zeros(0, 0),
+        temperature=torch.zeros(num_requests),
+        seeds=torch.zeros(num_requests, n - 1, dtype=torch.int64),
+        noise=cpu_noise,
+    )
+    return replace(nothing, **given)
+
+
+def draft(
+    ops: LookaheadOps,
+    pages: BlockPages,
+    batch: RequestBatch,
+    max_candidates: int,
+    **given: Any,
+) -> DraftTree:
+    """The trees alone, from the pages and the hints that are given.
+
+    Args:
+        max_candidates: G of the server, of no request more.
+    """
+    assert batch.verification_set_size.max() <= max_candidates
+    hints = make_hints(len(batch.root), pages.ngram_size, **given)
+    tree, _ = ops.draft(pages, batch, hints, max_candidates)
+    return tree
+
+
+def candidates(
+    ops: LookaheadOps, pages: BlockPages, row: Row, **given: Any
+) -> dict[tuple[int, ...], float]:
+    """Branches below a request's root, the likeliest first, and their chances."""
+    hints = make_hints(1, pages.ngram_size, **given)
+    tree, chances = ops.draft(pages, make_batch([row]), hints, row.g)
+    (nodes,) = tree.nodes()
+    return {
+        tuple(nodes[k].token for k in path_to(nodes, i)[1:]): float(chances[0, i])
+        for i, node in enumerate(nodes)
+        if node.kind == CANDIDATE
+    }
 
 
 def make_tree(trees: Sequence[Sequence[Node]]) -> DraftTree:

@@ -10,16 +10,9 @@ from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.numba_kernels.ops import NumbaOps
 
-
-class WithChains(NumbaOps):
-    """Given the reference's trees, for tests of what is done with them."""
-
-    propose = staticmethod(ReferenceOps.propose)
-
-
 IMPLEMENTATIONS: dict[str, LookaheadOps] = {
     "reference": ReferenceOps(),
-    "numba": WithChains(),
+    "numba": NumbaOps(),
 }
 # Compared with the reference.
 OTHERS = {n: ops for n, ops in IMPLEMENTATIONS.items() if n != "reference"}

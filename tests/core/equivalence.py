@@ -3,14 +3,18 @@
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 
-from tests.core.build import Row, clone_pages, ints, make_batch, make_pages
+from tests.core.build import Row, clone_pages, ints, make_batch, make_hints, make_pages
+from vllm_lookahead.core.answers import Answers, likeliest_tokens
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.pages import EMPTY, BlockPages
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import cpu_noise
+from vllm_lookahead.core.pages import CONTEXT, EMPTY, NUM_ANSWERS, BlockPages
 from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
@@ -28,7 +32,7 @@ class Shape(NamedTuple):
     block_size: int = 16
     num_blocks: int = 4  # per request, for its history
     vocab: int = 5  # few: nearly every key agrees
-    empty_pool: bool = False
+    empty_rings: bool = False
     holes: bool = False  # tokens that nobody recorded
     at_border: bool = False  # every root is the first token of its block
     same_sizes: bool = False  # every request has W, N, G and no limit
@@ -49,7 +53,7 @@ SHAPES = {
     "tree of 120": Shape(15, 5, 15, same_sizes=True),
     "tree of 280": Shape(20, 8, 20, batch=2, vocab=3),
     "roots at block borders": Shape(4, 4, 4, batch=5, at_border=True),
-    "empty pool": Shape(4, 4, 4, empty_pool=True),
+    "empty rings": Shape(4, 4, 4, empty_rings=True),
     "holes in the history": Shape(3, 6, 4, holes=True),
     "one token only": Shape(3, 4, 3, vocab=1),
     "many tokens": Shape(3, 4, 3, vocab=100_000),
@@ -59,6 +63,8 @@ SHAPES = {
 }
 
 
+# Tokens that have bigrams and are among answers; there may be more.
+MOST_SAID = 60
 STEPS = 6  # that a state has room for, behind the history
 
 
@@ -91,9 +97,10 @@ def random_state(shape: Shape, seed: int) -> State:
     if shape.holes:
         pages.tokens[torch.rand(total) < 0.3] = EMPTY
         pages.tokens[torch.rand(total, size) < 0.1] = EMPTY
-    if not shape.empty_pool:
+    if not shape.empty_rings:
         for block in range(total):
             fill_page(pages, block, rng, tokens)
+        fill_answers(pages, shape.vocab)
 
     blocks = rng.sample(range(total), total)
     rows = []
@@ -118,11 +125,67 @@ def random_state(shape: Shape, seed: int) -> State:
     return State(pages, make_batch(rows, filler=blocks[0]), n, g)
 
 
-def random_bigrams(vocab: int) -> torch.Tensor:
-    """Of most tokens; the last ones are not in the table."""
-    bigrams = torch.randint(0, vocab, (max(1, vocab - 1), 3), dtype=torch.int32)
+def random_hints(
+    shape: Shape,
+    n: int,
+    seed: int,
+    noise: Callable[[int, int, int], float] = cpu_noise,
+) -> Hints:
+    """Bigrams of most tokens, and noise for some requests."""
+    torch.manual_seed(seed)
+    vocab = min(shape.vocab, MOST_SAID)
+    bigrams = distinct_tokens(vocab, 5, max(1, vocab - 1))
     bigrams[torch.rand(len(bigrams)) < 0.1] = EMPTY
-    return bigrams
+    temperature = torch.rand(shape.batch)
+    temperature[seed % 3 :: 3] = 0
+    return Hints(
+        bigrams,
+        falling_logprobs(*bigrams.shape),
+        temperature,
+        torch.randint(0, 2**63 - 1, (shape.batch, n - 1)),
+        noise,
+        [0.0, 0.001, 0.05][seed % 3],
+    )
+
+
+def random_answers(tree: DraftTree, vocab: int, seed: int) -> Answers:
+    """Of the root and the candidates of each tree; trees in any order, rows between."""
+    torch.manual_seed(seed)
+    first_row, num_rows = [0] * len(tree.num_nodes), 0
+    for b in torch.randperm(len(first_row)).tolist():
+        first_row[b] = num_rows + 1
+        num_rows += 1 + int((tree.kinds[b] == CANDIDATE).sum()) + 1
+    tokens = distinct_tokens(min(vocab, MOST_SAID), NUM_ANSWERS, num_rows)
+    return Answers(tokens, falling_logprobs(*tokens.shape), ints(first_row))
+
+
+def distinct_tokens(vocab: int, count: int, *rows: int) -> torch.Tensor:
+    """[*rows, count] int32, each token at most once in a row, EMPTY behind them."""
+    tokens = torch.full((*rows, count), EMPTY, dtype=torch.int32)
+    drawn = torch.rand(*rows, vocab).argsort(-1)[..., :count].int()
+    tokens[..., : drawn.shape[-1]] = drawn
+    return tokens
+
+
+def falling_logprobs(*shape: int) -> torch.Tensor:
+    """As of likeliest tokens; the last ones may say less than silence."""
+    return (2 * torch.randn(shape) - 4).clamp(max=0).sort(descending=True).values
+
+
+def fill_answers(pages: BlockPages, vocab: int) -> None:
+    """Rings that are empty, partly filled or turning; tokens before them unknown.
+
+    Beyond its count a ring holds the last owner's answers.
+    """
+    num_blocks, kept, _ = pages.answers.shape
+    contexts = pages.answers[..., :CONTEXT]
+    contexts[:] = torch.randint(0, vocab, contexts.shape, dtype=torch.int32)
+    contexts[torch.rand(contexts.shape) < 0.1] = EMPTY
+    said = distinct_tokens(min(vocab, MOST_SAID), NUM_ANSWERS, num_blocks, kept)
+    pages.answers[..., CONTEXT:] = said
+    pages.answer_logprobs[:] = falling_logprobs(*said.shape)
+    counts = torch.randint(0, 3 * kept, (num_blocks,), dtype=torch.int32)
+    pages.answer_count[:] = counts * (torch.rand(num_blocks) < 0.8)
 
 
 def fill_page(pages: BlockPages, block: int, rng: random.Random, tokens) -> None:
@@ -184,7 +247,13 @@ def random_caches(num_blocks: int, block_size: int) -> list[torch.Tensor]:
     return [cpu_k, cpu_v, gpu[0], gpu[1]]
 
 
-def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) -> int:
+def assert_same_ops(
+    other: LookaheadOps,
+    state: State,
+    shape: Shape,
+    seed: int,
+    noise: Callable[[int, int, int], float] = cpu_noise,
+) -> int:
     """Each op alone, on ReferenceOps' inputs. Returns the most tokens emitted."""
     reference, size = ReferenceOps(), state.pages.block_size
     torch.manual_seed(seed)
@@ -192,7 +261,7 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
 
     slots = torch.randperm(total * size)[: 3 * size]
     slots[::5] = -1
-    values = torch.randint(0, vocab, slots.shape)
+    values = torch.randint(0, shape.vocab, slots.shape)
     written = [clone_pages(state.pages) for _ in range(2)]
     reference.write_tokens(written[0], slots, values)
     other.write_tokens(written[1], slots, values)
@@ -200,15 +269,17 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
 
     before = clone_pages(state.pages)
     batch = copy.deepcopy(state.batch)
-    for bigrams in (None, random_bigrams(vocab)):
-        tree = reference.propose(state.pages, state.batch, state.g, bigrams)
-        again = other.propose(state.pages, batch, state.g, bigrams)
+    nothing = make_hints(shape.batch, state.n, noise=noise)
+    for hints in (nothing, random_hints(shape, state.n, seed, noise)):
+        tree, chances = reference.draft(state.pages, state.batch, hints, state.g)
+        again, own = other.draft(state.pages, batch, hints, state.g)
         assert_same_trees(tree, again)
+        torch.testing.assert_close(own, chances)
     assert_same_pages(state.pages, before)
     for f in fields(RequestBatch):
         assert torch.equal(getattr(batch, f.name), getattr(state.batch, f.name))
 
-    sampled = random_samples(tree, vocab, seed)
+    sampled = random_samples(tree, shape.vocab, seed)
     verdict = reference.verify(tree, sampled, state.n)
     assert_same_verdicts(verdict, other.verify(tree, sampled, state.n))
 
@@ -223,21 +294,52 @@ def assert_same_ops(other: LookaheadOps, state: State, vocab: int, seed: int) ->
     reference.update(updated[0], state.batch, tree, sampled, verdict)
     other.update(updated[1], state.batch, tree, sampled, verdict)
     assert_same_pages(*updated)
+
+    answers = random_answers(tree, shape.vocab, seed)
+    reference.keep_answers(updated[0], state.batch, tree, verdict, answers)
+    other.keep_answers(updated[1], state.batch, tree, verdict, answers)
+    assert_same_pages(*updated)
     return int(verdict.num_emitted.max())
 
 
+def assert_same_likeliest_tokens(
+    likeliest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    vocab: int,
+    dtype: torch.dtype,
+) -> None:
+    """Many logits are equal in bf16; tokens may be barred, all of a row's as well."""
+    torch.manual_seed(vocab)
+    logits = (5 * torch.randn(6, vocab)).to(dtype)
+    logits[0, ::3] = -torch.inf
+    logits[1, 1:] = -torch.inf
+    logits[2, ::7] = torch.nan
+    logits[3] += 1000
+    tokens, logprobs = likeliest_tokens(logits)
+    own_tokens, own_logprobs = likeliest(logits)
+    assert own_tokens.dtype == torch.int32 and own_logprobs.dtype == torch.float32
+    assert torch.equal(own_tokens, tokens)
+    torch.testing.assert_close(own_logprobs, logprobs, rtol=1e-6, atol=1e-4)
+
+
 def run_steps(
-    ops: LookaheadOps, state: State, vocab: int, seed: int
+    ops: LookaheadOps,
+    state: State,
+    shape: Shape,
+    seed: int,
+    noise: Callable[[int, int, int], float] = cpu_noise,
 ) -> list[tuple[DraftTree, Verdict]]:
     """STEPS steps, each on what the op's own last one left."""
     pages, batch = state.pages, copy.deepcopy(state.batch)
     size, done = pages.block_size, []
-    for step in range(STEPS):
+    for step in range(seed, seed + STEPS):
         ops.write_tokens(pages, batch.root_slots(size), batch.root)
-        tree = ops.propose(pages, batch, state.g)
-        sampled = random_samples(tree, vocab, seed + step)
+        hints = random_hints(shape, state.n, step, noise)
+        tree, _ = ops.draft(pages, batch, hints, state.g)
+        sampled = random_samples(tree, shape.vocab, step)
         verdict = ops.verify(tree, sampled, state.n)
         ops.update(pages, batch, tree, sampled, verdict)
+        answers = random_answers(tree, shape.vocab, step)
+        ops.keep_answers(pages, batch, tree, verdict, answers)
         done.append((tree, verdict))
         last = verdict.num_emitted[:, None].long() - 1
         batch.root = verdict.tokens.gather(1, last)[:, 0]

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from tests.core.build import Row, make_batch, make_pages, write
+from tests.core.build import Row, ints, make_batch, make_hints, make_pages, write
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.mask import ancestors
+from vllm_lookahead.core.pages import EMPTY, NUM_ANSWERS
 from vllm_lookahead.core.step import step
-from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.core.tree import WINDOW, DraftTree
 
 POISON = -1_000_003
 WRONG = 999_983
@@ -57,11 +59,17 @@ class FakeModel:
             h = _mix(h, token + 1)
         return (h >> 29) % self.vocab
 
-    def bigrams(self) -> torch.Tensor:
-        """What it says after each token alone, and two others; [V, 3] int32."""
-        first = [self.next_token([token]) for token in range(self.vocab)]
-        rows = [[t, (t + 1) % self.vocab, (t + 2) % self.vocab] for t in first]
-        return torch.tensor(rows, dtype=torch.int32)
+    def likeliest(self, first: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens it says and some others, as `core.answers.Answers` has them."""
+        others = torch.arange(min(self.vocab, NUM_ANSWERS), dtype=torch.int32)
+        tokens = torch.full((len(first), NUM_ANSWERS), EMPTY, dtype=torch.int32)
+        tokens[:, : len(others)] = (ints(first)[:, None] + others) % self.vocab
+        falling = -0.2 - 1.5 * torch.arange(NUM_ANSWERS)
+        return tokens, falling.repeat(len(first), 1)
+
+    def bigrams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it says after each token alone."""
+        return self.likeliest([self.next_token([t]) for t in range(self.vocab)])
 
     def continue_text(self, prompt: Sequence[int], count: int) -> list[int]:
         """Sequential decoding: what lookahead must reproduce."""
@@ -107,10 +115,13 @@ class FakeEngine:
     ) -> None:
         """
         Args:
-            with_bigrams: draft them.
+            with_bigrams: draft from those of the model.
         """
         w, self.n, self.g = sizes
-        self.bigrams = model.bigrams() if with_bigrams else None
+        self.bigrams: dict[str, torch.Tensor] = {}
+        if with_bigrams:
+            names = "bigrams", "bigram_logprobs"
+            self.bigrams = dict(zip(names, model.bigrams(), strict=True))
         self.ops, self.model, self.block_size = ops, model, block_size
         # What the engine's attention reads, where that is an op.
         self.ancestors = getattr(ops, "ancestors", ancestors)
@@ -154,11 +165,12 @@ class FakeEngine:
         batch = make_batch(rows, filler=self.rng.randrange(len(self.pages.window)))
         verdict = step(
             self.ops,
-            lambda pages, batch: self.ops.propose(pages, batch, self.g, self.bigrams),
             lambda tree: self._forward(requests, tree),
             self.pages,
             self.caches,
             batch,
+            make_hints(len(rows), self.n, **self.bigrams),
+            self.g,
         )
         for b, request in enumerate(requests):
             count = int(verdict.num_emitted[b])
@@ -191,11 +203,14 @@ class FakeEngine:
 
     def _forward(
         self, requests: Sequence[FakeRequest], tree: DraftTree
-    ) -> torch.Tensor:
-        """The model's token after every node."""
+    ) -> tuple[torch.Tensor, Answers]:
+        """The model's token after every node, and what else it thought of."""
         sampled = torch.full(tree.tokens.shape, WRONG, dtype=torch.int32)
-        tokens, depths = tree.tokens.tolist(), tree.depths.tolist()
+        columns = tree.tokens, tree.depths, tree.kinds
+        tokens, depths, kinds = (column.tolist() for column in columns)
         mask = self.ancestors(tree).tolist()
+        said: list[int] = []
+        first_row = []
         for b, request in enumerate(requests):
             p, size = len(request.text) - 1, int(tree.num_nodes[b])
             positions = [p + depth for depth in depths[b][:size]]
@@ -216,8 +231,10 @@ class FakeEngine:
                     answers.append(self.model.after(known, branch))
                 else:
                     answers.append(WRONG)
-            sampled[b, :size] = torch.tensor(answers, dtype=torch.int32)
-        return sampled
+            sampled[b, :size] = ints(answers)
+            first_row.append(len(said))
+            said += [t for t, k in zip(answers, kinds[b], strict=False) if k != WINDOW]
+        return sampled, Answers(*self.model.likeliest(said), ints(first_row))
 
 
 def run_to_length(

@@ -1,31 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of the core once more, for one request: written from the docstrings alone."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from tests.core.build import Row
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, Node
 
 
+def chances_of(scores: Sequence[float], other: float) -> list[float]:
+    """A softmax in which all other tokens count as one.
+
+    Args:
+        scores: of the tokens that something speaks for.
+        other: score of all the others.
+    """
+    total = math.exp(other) + sum(map(math.exp, scores))
+    return [math.exp(score) / total for score in scores]
+
+
+def followed(
+    texts: Iterable[tuple[Sequence[int], int]], context: Sequence[int]
+) -> tuple[int, int] | None:
+    """(how many tokens agree, the token that came after them): most, then newest.
+
+    Args:
+        texts: oldest first; of each its tokens, EMPTY where unknown, and the first of
+            them that counts as what something came after.
+        context: last tokens, EMPTY where unknown; as many may agree.
+    """
+    found = None
+    for text, first in texts:
+        for at in range(first, len(text) - 1):
+            agree = 0
+            while (
+                agree < min(len(context), at + 1)
+                and text[at - agree] == context[-1 - agree] != EMPTY
+            ):
+                agree += 1
+            if agree and text[at + 1] != EMPTY and (found is None or agree >= found[0]):
+                found = agree, text[at + 1]
+    return found
+
+
 def draft_tree(
-    row: Row, chains: Sequence[Sequence[int]], window: Sequence[Sequence[int]]
+    row: Row,
+    branches: Mapping[tuple[int, ...], float],
+    window: Sequence[Sequence[int]],
 ) -> list[Node]:
-    """Root, the chains' trie, then the window row by row if it fits whole.
+    """Root, the likeliest branches, then the window row by row if it fits whole.
 
     Args:
         row: the request.
-        chains: best first.
+        branches: the chance of each, every prefix of one among them.
         window: rows R0..R_{N-2}, at least W entries each; (0, 0) is not read.
     """
     nodes = [Node(row.root, EMPTY, 0, ROOT)]
-    trie = {(): 0}
-    for chain in chains:
-        for depth in range(1, len(chain) + 1):
-            path = tuple(chain[:depth])
-            if path not in trie and len(nodes) < row.max_nodes:
-                trie[path] = len(nodes)
-                nodes.append(Node(path[-1], trie[path[:-1]], depth, CANDIDATE))
+    index_of = {(): 0}
+    ranked = sorted(branches, key=lambda path: (-branches[path], len(path)))
+    for path in ranked[: row.max_nodes - 1]:
+        index_of[path] = len(nodes)
+        nodes.append(Node(path[-1], index_of[path[:-1]], len(path), CANDIDATE))
 
     rows = range(row.n - 1)
     cells = [(r, j) for r in rows for j in range(row.w) if (r, j) != (0, 0)]

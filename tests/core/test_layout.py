@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.core.equivalence import SHAPES, random_samples, random_state
+from tests.core.equivalence import SHAPES, random_hints, random_samples, random_state
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
@@ -18,7 +18,8 @@ MAX_MODEL_LEN = 60  # within reach of some windows
 def laid_out(name: str, seed: int):
     """Trees of a random state between requests without any."""
     state = random_state(SHAPES[name], seed)
-    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
+    hints = random_hints(SHAPES[name], state.n, seed)
+    tree, _ = ReferenceOps.draft(state.pages, state.batch, hints, state.g)
     draw = np.random.default_rng(seed)
     num_trees = len(state.batch.root)
     num_requests = num_trees + int(draw.integers(0, 4))
@@ -99,17 +100,15 @@ def test_a_walk_level_by_level_is_the_walk(name, seed):
 
 
 @pytest.mark.parametrize(
-    ("request_row", "room", "expected"),
+    ("request_row", "plain", "expected"),
     [
-        ((0, 5, 10, 3, 5, 3), {}, (3, 5, 3, 5 + 20)),
-        ((0, 5, 10, 3, 5, 3), {"spare": 7}, (3, 5, 3, 5 + 7)),
-        ((0, 5, 10, 3, 5, 3), {"plain": True}, (3, 5, 3, 1)),
-        ((0, 5, 96, 3, 5, 3), {}, (3, 3, 3, 4)),  # four positions are left
-        ((0, 5, 98, 3, 5, 3), {}, (3, 2, 3, 1)),  # one token may be emitted
-        ((0, 3, 10, 3, 5, 3), {}, (3, 5, 3, 3)),  # placeholders were cut
+        ((0, 10, 3, 5, 3, 25), False, (3, 5, 3, 25)),
+        ((0, 10, 3, 5, 3, 3), False, (3, 5, 3, 3)),  # fewer nodes than N
+        ((0, 10, 3, 5, 3, 25), True, (3, 5, 3, 1)),
+        ((0, 96, 3, 5, 3, 25), False, (3, 3, 3, 4)),  # four positions are left
+        ((0, 98, 3, 5, 3, 25), False, (3, 2, 3, 1)),  # one token may be emitted
     ],
 )
-def test_no_tree_is_larger_than_its_room(request_row, room, expected):
-    room = {"reserved": 20, "max_model_len": 100, "spare": 50, "plain": False} | room
-    sizes = size_trees(np.array([request_row]), **room)
+def test_no_tree_is_larger_than_its_room(request_row, plain, expected):
+    sizes = size_trees(np.array([request_row]), 100, plain)
     assert tuple(sizes[:, 0].tolist()) == expected

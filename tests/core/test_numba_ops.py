@@ -9,16 +9,21 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from tests.core.build import Row, make_batch
+from tests.core.build import Row, clone_pages, make_batch
 from tests.core.equivalence import (
     SHAPES,
     State,
+    assert_same_pages,
+    assert_same_trees,
     assert_same_verdicts,
+    random_answers,
+    random_hints,
     random_samples,
     random_state,
 )
 from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
@@ -29,30 +34,54 @@ def state() -> State:
     return random_state(SHAPES["tree of 120"], seed=0)
 
 
+def drafted(name: str, state: State) -> DraftTree:
+    hints = random_hints(SHAPES[name], state.n, seed=1)
+    tree, _ = ReferenceOps.draft(state.pages, state.batch, hints, state.g)
+    return tree
+
+
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, not contiguous."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+
+
 def strided(record):
     """The same tensors, none of them contiguous."""
-    values = (getattr(record, f.name) for f in fields(record))
-    columns = [torch.stack([v, torch.zeros_like(v)], -1)[..., 0] for v in values]
-    return type(record)(*columns)
+    return type(record)(*(spread(getattr(record, f.name)) for f in fields(record)))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_mask_shows_ancestors(name):
     state = random_state(SHAPES[name], seed=1)
-    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
+    tree = drafted(name, state)
     sees = torch.from_numpy(NumbaOps.ancestors(tree))
     assert torch.equal(sees, ReferenceOps.ancestors(tree))
 
 
 def test_inputs_may_be_strided_or_wide(state):
-    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
+    tree = drafted("tree of 120", state)
     sampled = random_samples(tree, 5, seed=0)
     verdict = NumbaOps.verify(tree, sampled, state.n)
     assert_same_verdicts(NumbaOps.verify(strided(tree), sampled.long(), 5), verdict)
 
+    hints = random_hints(SHAPES["tree of 120"], state.n, seed=1)
+    names = "bigrams", "bigram_logprobs", "temperature", "seeds"
+    own_hints = replace(hints, **{n: spread(getattr(hints, n)) for n in names})
+    own, _ = NumbaOps.draft(state.pages, strided(state.batch), own_hints, state.g)
+    assert_same_trees(own, tree)
+
+    pages = [clone_pages(state.pages) for _ in range(2)]
+    answers = random_answers(tree, 5, seed=0)
+    NumbaOps.keep_answers(pages[0], state.batch, tree, verdict, answers)
+    own_verdict = strided(verdict)
+    NumbaOps.keep_answers(
+        pages[1], strided(state.batch), strided(tree), own_verdict, strided(answers)
+    )
+    assert_same_pages(*pages)
+
 
 def test_other_tensors_are_refused(state):
-    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
+    tree = drafted("tree of 120", state)
     wide = replace(tree, parents=tree.parents.long())
     with pytest.raises(TypeError, match=r"expected torch.int32, got torch.int64"):
         NumbaOps.verify(wide, tree.tokens, state.n)
@@ -97,7 +126,9 @@ for _, module, _ in pkgutil.iter_modules(numba_kernels.__path__):
 """
 CALLED_FROM_PYTHON = [
     "attention._attend",
-    "draft._grow_kernel",
+    "answers._keep_answers_kernel",
+    "answers._likeliest_kernel",
+    "draft._draft_kernel",
     "layout.size_trees",
     "layout._lay_out_kernel",
     "mask._ancestors_kernel",
@@ -121,9 +152,7 @@ def test_the_warm_up_compiles_each_kernel_once():
     # Those that others call are compiled with these, or come with them from the cache.
     found = signatures(done.stdout)
     called = {name: found[name] for name in CALLED_FROM_PYTHON}
-    # The logits of rejected nodes are of either type.
-    once = dict.fromkeys(CALLED_FROM_PYTHON, 1)
-    assert called == once | {"draft._grow_kernel": 2}
+    assert called == dict.fromkeys(CALLED_FROM_PYTHON, 1)
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 0), (64, 2, 0), (0, 2, 64), (0, 16, 20)])

@@ -4,6 +4,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_output_is_sequential_decoding(ops, sizes, model, block_size):
     "sizes", [(0, 2, 1), (0, 8, 8), (5, 4, 5), (15, 5, 15)], ids=str
 )
 def test_bigrams_of_the_model(ops, sizes, model):
-    """Chains that begin with them and end in them."""
+    """What was never seen is drafted as well."""
     engine = make_engine(ops, model, sizes, 32, with_bigrams=True)
     requests = start_all(
         engine, [prompt(k, model) for k in (1, 2, 3, LONG)], [sizes] * 4
@@ -116,6 +117,41 @@ def test_bigrams_of_the_model(ops, sizes, model):
     assert_lossless(model, requests)
     steps = [length for request in requests for length in request.emitted]
     assert sum(steps) / len(steps) > 1.2
+
+
+def test_bigrams_are_drafted_as_far_as_the_tree_goes(ops):
+    """Of a model that reads one token they are all there is to know."""
+    model, sizes = FakeModel(vocab=50, order=1), (0, 8, 8)
+    engine = make_engine(ops, model, sizes, 16, with_bigrams=True)
+    requests = start_all(engine, [prompt(k, model) for k in (1, 20)], [sizes] * 2)
+    run(engine, requests, LONG + EMITTED)
+    assert_lossless(model, requests)
+    assert {length for request in requests for length in request.emitted} == {8}
+
+
+class Forgetful:
+    """Other ops, without the answers."""
+
+    def __init__(self, ops: LookaheadOps) -> None:
+        self.ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+    def keep_answers(self, *args: Any) -> None: ...
+
+
+def test_answers_are_drafted(ops):
+    """Of rejected nodes, too: steps are fewer than by the text alone."""
+    model, sizes = FakeModel(vocab=7, order=2), (0, 5, 8)
+    steps = []
+    for of in (ops, Forgetful(ops)):
+        engine = make_engine(of, model, sizes, 16)
+        requests = start_all(engine, [prompt(k, model) for k in (1, 9)], [sizes] * 2)
+        run(engine, requests, 70)
+        assert_lossless(model, requests)
+        steps.append(sum(len(request.emitted) for request in requests))
+    assert steps[0] < steps[1]
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 8), (20, 8, 20)], ids=str)
@@ -208,14 +244,14 @@ class Sabotaged(ReferenceOps):
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    def propose(self, *args) -> DraftTree:
-        tree = ReferenceOps.propose(*args)
+    def draft(self, *args) -> tuple[DraftTree, torch.Tensor]:
+        tree, chances = ReferenceOps.draft(*args)
         inner = (tree.parents >= 0) & (tree.depths > 1)
         if self.fault == "depths":
-            return replace(tree, depths=torch.where(inner, 1, tree.depths))
+            tree = replace(tree, depths=torch.where(inner, 1, tree.depths))
         if self.fault == "parents":
-            return replace(tree, parents=torch.where(inner, 0, tree.parents))
-        return tree
+            tree = replace(tree, parents=torch.where(inner, 0, tree.parents))
+        return tree, chances
 
     def verify(self, tree, sampled, max_emitted):
         if self.fault == "samples":

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds on every state, however it came about."""
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,15 +12,18 @@ from tests.core.equivalence import (
     Shape,
     State,
     assert_same_pages,
+    random_answers,
     random_caches,
+    random_hints,
     random_samples,
     random_state,
 )
 from tests.core.test_verify import assert_verdict, random_tree
+from vllm_lookahead.core.answers import MAX_REJECTED
 from vllm_lookahead.core.mask import ancestors
-from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.reference import ReferenceOps
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
+from vllm_lookahead.core.pages import CONTEXT, EMPTY
+from vllm_lookahead.core.step import LookaheadOps
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
 from vllm_lookahead.params import LookaheadParams
 
 examples = settings(max_examples=60, deadline=None, derandomize=True)
@@ -32,7 +37,7 @@ shapes = st.builds(
     block_size=st.sampled_from([16, 32]),
     num_blocks=st.integers(1, 4),
     vocab=st.integers(1, 8),
-    empty_pool=st.booleans(),
+    empty_rings=st.booleans(),
     holes=st.booleans(),
     at_border=st.booleans(),
     same_sizes=st.booleans(),
@@ -40,30 +45,41 @@ shapes = st.builds(
 seeds = st.integers(0, 2**32 - 1)
 
 
-def known_text(state: State, b: int) -> list[int]:
-    """A request's history and root."""
-    p, table = int(state.batch.position[b]), state.batch.block_table[b].long()
-    history = state.pages.tokens[table].flatten()[:p].tolist()
-    return [*history, int(state.batch.root[b])]
+def drafted(
+    ops: LookaheadOps, shape: Shape, seed: int
+) -> tuple[State, DraftTree, torch.Tensor]:
+    """A random state, and the trees and chances that are drafted from it."""
+    state = random_state(shape, seed)
+    hints = random_hints(shape, state.n, seed)
+    return state, *ops.draft(state.pages, state.batch, hints, state.g)
 
 
-def known_ngrams(state: State, b: int) -> list[list[int]]:
-    """(key, values...) that lie in the request's own pages."""
-    size = state.pages.block_size
-    text = known_text(state, b)
-    grams = [text[i : i + state.n] for i in range(len(text))]
-    blocks = state.batch.block_table[b, : -(-(len(text) - 1) // size)].long()
-    return grams + state.pages.ring[blocks][..., 1:].flatten(0, 1).tolist()
+def known_pairs(state: State, b: int, bigrams: torch.Tensor) -> set[tuple[int, int]]:
+    """(token, what may follow it) by a request's own pages and the bigrams."""
+    pages, size = state.pages, state.pages.block_size
+    p, table = int(state.batch.position[b]), state.batch.block_table[b].tolist()
+    blocks = table[: -(-p // size)]
+    texts = [[*pages.tokens[blocks].flatten()[:p].tolist(), int(state.batch.root[b])]]
+    for block in blocks:
+        texts += [gram[1:] for gram in pages.ngrams(block)]
+        answers = pages.answers[block, : int(pages.answer_count[block])]
+        for context, *entry in answers.tolist():
+            texts += [[context, token] for token in entry[CONTEXT - 1 :]]
+    for token, successors in enumerate(bigrams.tolist()):
+        texts += [[token, successor] for successor in successors]
+    return {pair for text in texts for pair in itertools.pairwise(text)}
 
 
 @examples
 @given(shape=shapes, seed=seeds)
-def test_a_proposal_is_a_tree_of_known_ngrams(shape, seed):
+def test_a_draft_is_a_tree_of_what_is_known_to_follow(ops, shape, seed):
     state = random_state(shape, seed)
     before = clone_pages(state.pages)
-    tree = ReferenceOps.propose(state.pages, state.batch, state.g)
+    hints = random_hints(shape, state.n, seed)
+    tree, chances = ops.draft(state.pages, state.batch, hints, state.g)
     assert_same_pages(state.pages, before)
     batch = state.batch
+    assert (chances.isfinite() & (chances >= 0) & (chances <= 1)).all()
     for b, nodes in enumerate(tree.nodes()):
         w, n, g = (
             int(size[b])
@@ -77,19 +93,23 @@ def test_a_proposal_is_a_tree_of_known_ngrams(shape, seed):
         assert 1 <= len(nodes) <= min(own_size, int(batch.max_nodes[b]))
         assert nodes[0] == (int(batch.root[b]), EMPTY, 0, ROOT)
         siblings = set()
-        known = known_ngrams(state, b)
+        known = known_pairs(state, b, hints.bigrams)
         for i, node in enumerate(nodes[1:], 1):
             assert 0 <= node.parent < i
             assert node.depth == nodes[node.parent].depth + 1
             assert 0 <= node.token < shape.vocab
             if node.kind == WINDOW:
-                assert node.depth <= w - 1 + n - 2
+                assert node.depth <= w - 1 + n - 2 and chances[b, i] == 0
                 continue
             assert node.kind == CANDIDATE and node.depth <= n - 1
             assert (node.parent, node.token) not in siblings
             siblings.add((node.parent, node.token))
-            branch = [nodes[k].token for k in path_to(nodes, i)]
-            assert any(gram[: len(branch)] == branch for gram in known)
+            assert (nodes[node.parent].token, node.token) in known
+            assert chances[b, i] >= hints.least * (1 - 1e-6)
+            assert not node.parent or chances[b, i] <= chances[b, node.parent]
+        for depth in range(1, n):
+            level = [x for x in nodes if x.kind == CANDIDATE and x.depth == depth]
+            assert len(level) <= g
         num_window = sum(node.kind == WINDOW for node in nodes)
         assert num_window in (0, w * (n - 1) - 1)
         assert [node.kind for node in nodes] == sorted(node.kind for node in nodes)
@@ -98,9 +118,8 @@ def test_a_proposal_is_a_tree_of_known_ngrams(shape, seed):
 @examples
 @given(shape=shapes, seed=seeds)
 def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
-    state = random_state(shape, seed)
+    state, tree, _ = drafted(ops, shape, seed)
     batch, pages, size = state.batch, state.pages, state.pages.block_size
-    tree = ops.propose(pages, batch, state.g)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
     before = clone_pages(pages)
@@ -134,13 +153,52 @@ def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
     rest = [block for block in range(len(pages.tokens)) if block not in touched]
     for name in ("ring", "ring_count", "window"):
         assert torch.equal(getattr(pages, name)[rest], getattr(before, name)[rest])
+    emptied = {table for table, offset in written if offset == 0}
+    for block, count in enumerate(pages.answer_count.tolist()):
+        assert count == (0 if block in emptied else before.answer_count[block])
+    assert torch.equal(pages.answers, before.answers)
+
+
+@examples
+@given(shape=shapes, seed=seeds)
+def test_answers_are_kept_in_the_new_tail_block_alone(ops, shape, seed):
+    state, tree, _ = drafted(ops, shape, seed)
+    batch, pages, size = state.batch, state.pages, state.pages.block_size
+    sampled = random_samples(tree, shape.vocab, seed)
+    verdict = ops.verify(tree, sampled, state.n)
+    ops.update(pages, batch, tree, sampled, verdict)
+    before = clone_pages(pages)
+    answers = random_answers(tree, shape.vocab, seed)
+    ops.keep_answers(pages, batch, tree, verdict, answers)
+    for name in ("tokens", "ring", "ring_count", "window"):
+        assert torch.equal(getattr(pages, name), getattr(before, name))
+    more = pages.answer_count - before.answer_count
+    tails = set()
+    for b, (p, count) in enumerate(
+        zip(batch.position.tolist(), verdict.num_emitted.tolist(), strict=True)
+    ):
+        tail = int(batch.block_table[b, (p + count - 1) // size])
+        tails.add(tail)
+        num_candidates = int((tree.kinds[b] == CANDIDATE).sum())
+        rejected = num_candidates - (count - 1)
+        assert more[tail] == count + min(rejected, MAX_REJECTED)
+        # The newest one is of the last node of the path.
+        newest = (int(pages.answer_count[tail]) - 1) % pages.answers.shape[1]
+        row = int(answers.first_row[b] + verdict.path[b, count - 1])
+        said = pages.answers[tail, newest]
+        assert said[0] == tree.tokens[b, verdict.path[b, count - 1]]
+        assert torch.equal(said[CONTEXT:], answers.tokens[row])
+        logprobs = pages.answer_logprobs[tail, newest]
+        assert torch.equal(logprobs, answers.logprobs[row])
+    rest = [block for block in range(len(pages.tokens)) if block not in tails]
+    for name in ("answers", "answer_logprobs", "answer_count"):
+        assert torch.equal(getattr(pages, name)[rest], getattr(before, name)[rest])
 
 
 @examples
 @given(shape=shapes, seed=seeds)
 def test_a_verdict_is_a_path_of_matches(ops, shape, seed):
-    state = random_state(shape, seed)
-    tree = ops.propose(state.pages, state.batch, state.g)
+    state, tree, _ = drafted(ops, shape, seed)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
     trees = tree.nodes()
@@ -186,9 +244,8 @@ def test_a_node_sees_its_ancestors(sizes, rng):
 @examples
 @given(shape=shapes, seed=seeds)
 def test_compaction_keeps_other_slots(ops, shape, seed):
-    state = random_state(shape, seed)
+    state, tree, _ = drafted(ops, shape, seed)
     batch, size = state.batch, state.pages.block_size
-    tree = ops.propose(state.pages, batch, state.g)
     sampled = random_samples(tree, shape.vocab, seed)
     verdict = ops.verify(tree, sampled, state.n)
     torch.manual_seed(0)

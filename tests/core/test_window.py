@@ -10,6 +10,7 @@ import torch
 from tests.core.build import (
     Row,
     clone_pages,
+    draft,
     ints,
     make_batch,
     make_pages,
@@ -89,7 +90,7 @@ def step(
         write(ops, pages, row.blocks, [row.root], row.position)
     batch = make_batch(rows)
     n = pages.window.shape[1] + 1
-    tree = ops.propose(pages, batch, 4)
+    tree = draft(ops, pages, batch, 4)
     sampled = ints([[rng.randrange(VOCAB) for _ in row] for row in tree.tokens])
     verdict = ops.verify(tree, sampled, n)
     ops.update(pages, batch, tree, sampled, verdict)
@@ -146,7 +147,7 @@ def test_seeds_are_runs_of_the_history(ops, position, w, n):
     text = list(range(100, 100 + position))
     write(ops, pages, [3, 1, 4], text)
     row = Row([3, 1, 4], position, 5, w, n, 0)
-    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
+    (nodes,) = draft(ops, pages, make_batch([row]), 0).nodes()
     fed = [node.token for node in nodes]
     assert len(fed) == w * (n - 1)
     assert set(fed[1:]) <= set(text)
@@ -163,7 +164,7 @@ def test_seeds_are_runs_of_the_history(ops, position, w, n):
 def test_unknown_history_is_seeded_with_the_root(ops):
     pages = make_pages(1, BLOCK, 3, 3)
     row = Row([0], 10, 77, 3, 3, 0)
-    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
+    (nodes,) = draft(ops, pages, make_batch([row]), 0).nodes()
     assert [node.token for node in nodes] == [77] * 6
 
 
@@ -172,7 +173,7 @@ def test_only_unused_cells_are_seeded(ops):
     write(ops, pages, [1], [50, 50, 50])
     pages.window[1] = ints([[EMPTY, 1, 2], [3, EMPTY, 4], [5, 6, EMPTY]])
     row = Row([1], 3, 77, 3, 4, 0)
-    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
+    (nodes,) = draft(ops, pages, make_batch([row]), 0).nodes()
     assert [node.token for node in nodes] == [77, 1, 2, 3, 50, 4, 5, 6, 50]
 
 
@@ -182,7 +183,7 @@ def test_the_window_is_that_of_the_block_of_the_last_final_token(ops, position, 
     pages = make_pages(2, BLOCK, 2, 3)
     pages.window[0], pages.window[1] = 10, 11
     row = Row(blocks, position, 5, 2, 3, 0)
-    (nodes,) = ops.propose(pages, make_batch([row]), 0).nodes()
+    (nodes,) = draft(ops, pages, make_batch([row]), 0).nodes()
     assert [node.token for node in nodes] == [5, 11, 11, 11]
 
 
@@ -199,8 +200,8 @@ def test_no_harvest_without_a_whole_window(ops):
         Row([2], 6, 7, 3, 3, 2),
     ]
     batch = make_batch(rows)
-    tree = ops.propose(pages, batch, 2)
-    assert tree.num_nodes.tolist() == [5, 5, 10]
+    tree = draft(ops, pages, batch, 2)
+    assert tree.num_nodes.tolist() == [3, 3, 8]
     sampled = torch.full(tree.tokens.shape, 8, dtype=torch.int32)
     before = clone_pages(pages)
     ops.update(pages, batch, tree, sampled, ops.verify(tree, sampled, 3))
@@ -223,7 +224,7 @@ def test_a_window_that_was_not_fed_follows_the_tail(ops, max_nodes):
     for block in (1, 3):
         pages.window[block] = 60 + block
     batch = make_batch(rows)
-    tree = ops.propose(pages, batch, 1)
+    tree = draft(ops, pages, batch, 1)
     assert tree.num_nodes.tolist() == [min(4, max_nodes)] * 2
     sampled = ints([[1, 2, 3, 4, *[8] * (tree.tokens.shape[1] - 4)]] * 2)
     before = clone_pages(pages)
@@ -238,7 +239,7 @@ def test_a_window_cut_by_the_scheduler_is_not_harvested(ops):
     pages = make_pages(1, BLOCK, 3, 3)
     write(ops, pages, [0], [1, 2, 3, 4])
     batch = make_batch([Row([0], 4, 5, 3, 3, 0)])
-    tree = ops.propose(pages, batch, 0)
+    tree = draft(ops, pages, batch, 0)
     tree.num_nodes -= 2
     tree.tokens[0, 4:], tree.parents[0, 4:], tree.kinds[0, 4:] = EMPTY, EMPTY, 0
     sampled = torch.full(tree.tokens.shape, 8, dtype=torch.int32)
@@ -255,7 +256,7 @@ def test_the_output_becomes_history(ops):
     row = Row([2, 0], len(text), 7, 0, 5, 1)
     write(ops, pages, row.blocks, [*text, 7])
     batch = make_batch([row])
-    tree = ops.propose(pages, batch, 1)
+    tree = draft(ops, pages, batch, 1)
     assert tree.kinds[0].tolist() == [0] + [CANDIDATE] * 4
     sampled = ints([[31, 32, 33, 34, 35]])
     ops.update(pages, batch, tree, sampled, ops.verify(tree, sampled, 5))

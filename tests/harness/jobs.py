@@ -13,6 +13,7 @@ ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 DRAFTS = "vllm:spec_decode_num_drafts"
 DRAFTED = "vllm:spec_decode_num_draft_tokens"
 COMMA = 14  # of the tokenizer of `make_model`
+SURE = [0, 2, 0.3]  # a model whose likeliest token is likely
 # A context, a batch and a K/V cache that requests run into the ends of.
 TIGHT = {
     "max_model_len": 96,
@@ -103,7 +104,7 @@ def same_but_for_ties(
 
 
 def bigrams_are_drafted(engines: Engines) -> None:
-    """Where the pool is empty, what the model says after the root alone is drafted.
+    """Where the text tells nothing, what the model says after the root is drafted.
 
     A prompt of one token t continues as a, b. The draft after a is what a continues as
     behind a comma, as prompts begin with no token of their own: accepted if, and only
@@ -112,7 +113,8 @@ def bigrams_are_drafted(engines: Engines) -> None:
     tokens = range(2, 97)
     alone, behind = [[t] for t in tokens], [[COMMA, t] for t in tokens]
     jobs = in_batches([request(p, max_tokens=3) for p in [*alone, *behind]], 4)
-    outputs = [output["tokens"] for output in engines.run(jobs)["outputs"]]
+    results = engines.run(jobs, model=SURE)["outputs"]
+    outputs = [output["tokens"] for output in results]
     after = dict(zip(tokens, outputs, strict=False))
     drafted = dict(zip(tokens, outputs[len(tokens) :], strict=True))
     new = {t: (a, b) for t, (a, b, _) in after.items() if a != t and a in after}
@@ -122,6 +124,19 @@ def bigrams_are_drafted(engines: Engines) -> None:
     wanted = [request([t], max_tokens=3) for t in hits]
     wanted += [request([t], max_tokens=2) for t in misses]
     sizes = {"window_size": 0, "ngram_size": 2, "verification_set_size": 1}
-    result = same_as_plain(engines, in_batches(wanted, 4), sizes)
+    result = same_as_plain(engines, in_batches(wanted, 4), sizes, model=SURE)
     assert result["metrics"][ACCEPTED] == len(hits)
     assert result["metrics"][DRAFTS] == len(wanted)
+
+
+def budgets_of_nodes(engines: Engines) -> None:
+    """Of the server, and of requests: with a window that then has no room, and none."""
+    texts = [(p * 9)[:20] for p in prompts(4, seed=50, longest=4)]
+    for sizes in (SMALL, {**SMALL, "window_size": 0, "node_budget": 6}):
+        own = [{}, *({"lookahead_node_budget": n} for n in (5, 2, 1))]
+        batch = [
+            request(text, max_tokens=16, extra_args=extra)
+            for text, extra in zip(texts, own, strict=True)
+        ]
+        result = same_as_plain(engines, [batch], sizes)
+        assert result["metrics"][ACCEPTED] > 0

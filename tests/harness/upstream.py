@@ -55,6 +55,17 @@ CALLED = [
     "vllm.model_executor.layers.attention:Attention.forward",
     f"{GPU}.block_table:BlockTables.gather_block_tables",
     f"{GPU}.cudagraph_utils:ModelCudaGraphManager.capture",
+    *(  # triton_kernels/noise.py is a copy of them
+        f"{GPU}.sample.gumbel:{name}"
+        for name in (
+            "_log1p_neg_stable",
+            "_murmur3_fmix32",
+            "_murmur3_mix",
+            "gumbel_noised_argmax",
+            "murmur3_hash32",
+            "murmur3_uniform32",
+        )
+    ),
     f"{GPU}.sample.sampler:Sampler.sample",
     f"{GPU}.sample.sampler:Sampler.get_logprobs_dims",
     f"{GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",

@@ -1,31 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the draft trees of an engine on the V1 runner."""
+"""Has an engine on the V1 runner draft all that it can, and counts the trees."""
 
+from dataclasses import replace
 from typing import Any
 
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree
 
 
 class WatchedTrees:
-    """Of a runner, from now on.
+    """Of a runner, from now on, whatever its nodes cost.
 
     Attributes:
         trees: with candidates.
         branched: of these, trees that offer several tokens at one place.
-        merged: of these, trees that do so below the root: their candidates begin with
-            the same tokens.
+        merged: of these, trees that do so below the root: some branches begin with the
+            same tokens.
     """
 
     def __init__(self, runner: Any) -> None:
         self.trees = self.branched = self.merged = 0
-        grow = runner.ops.grow
+        draft = runner.ops.draft
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            tree, expected = grow(*args, **kwargs)
+        def watched(pages: Any, batch: Any, hints: Any, most: int) -> Any:
+            tree, chances = draft(pages, batch, replace(hints, least=0.0), most)
             self.count(tree)
-            return tree, expected
+            return tree, chances
 
-        runner.ops.grow = watched
+        runner.ops.draft = watched
 
     def count(self, tree: DraftTree) -> None:
         parents, kinds = tree.parents.tolist(), tree.kinds.tolist()

@@ -5,13 +5,18 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
-from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import gpu_noise
+from vllm_lookahead.core.pages import NUM_ANSWERS, BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.answers import likeliest_tokens
 from vllm_lookahead.triton_kernels.compact import LayerCaches, compact
+from vllm_lookahead.triton_kernels.gather import Starts, gather_starts
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 from vllm_lookahead.triton_kernels.waiting import (
@@ -21,7 +26,7 @@ from vllm_lookahead.triton_kernels.waiting import (
     store_trees,
 )
 
-NUM_BLOCKS, MAX_BLOCKS, MAX_REQUESTS = 4096, 2048, 256
+NUM_BLOCKS, MAX_BLOCKS, MAX_REQUESTS, VOCAB = 4096, 2048, 256, 128_256
 # (W, N, G), block size, requests
 SERVERS = {
     "default": ((15, 5, 15), 16, 1),
@@ -49,18 +54,29 @@ def some_batch(b: int) -> RequestBatch:
     return RequestBatch(meta(b, MAX_BLOCKS), *meta(6, b).unbind(0))
 
 
+def some_hints(b: int, n: int) -> Hints:
+    shape = VOCAB, NUM_SUCCESSORS
+    return Hints(
+        bigrams=meta(*shape),
+        bigram_logprobs=meta(*shape, dtype=torch.float32),
+        temperature=meta(b, dtype=torch.float32),
+        seeds=meta(b, 1, dtype=torch.int64).expand(-1, n - 1),
+        noise=gpu_noise,
+        least=0.01,
+    )
+
+
 def step(
     params: LookaheadParams, block_size: int, b: int, ops: TritonOps | None = None
 ) -> None:
     """Every launch of a step but attention."""
-    ops = ops or TritonOps(params, b, "meta")
+    ops = ops or TritonOps(params, b, "meta", max_tokens=MAX_BLOCKS * block_size)
     pages = BlockPages.allocate(NUM_BLOCKS, block_size, params, "meta")
     batch = some_batch(b)
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
     tokens = b * t
     ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
-    bigrams = meta(128_256, NUM_SUCCESSORS)
-    tree = ops.propose(pages, batch, g, bigrams)
+    tree, _ = ops.draft(pages, batch, some_hints(b, n), g)
     by_slot(tree, n)
     build_mask(
         tree,
@@ -76,6 +92,8 @@ def step(
     cache = meta(NUM_BLOCKS, block_size, 8, 256, dtype=torch.bfloat16)
     ops.compact([cache] * 32, batch, verdict, block_size)
     ops.update(pages, batch, tree, sampled, verdict)
+    said = ops.likeliest_tokens(meta(tokens, VOCAB, dtype=torch.bfloat16))
+    ops.keep_answers(pages, batch, tree, verdict, Answers(*said, meta(b)))
 
 
 def by_slot(tree: DraftTree, n: int) -> None:
@@ -84,6 +102,9 @@ def by_slot(tree: DraftTree, n: int) -> None:
     columns, num_nodes = meta(4, s, t), meta(s)
     slots, long = meta(b, dtype=torch.int64), torch.int64
     store_trees(tree, slots, columns, num_nodes, meta(b, n - 1, dtype=long))
+    starts = Starts.allocate(s, "meta")
+    kept = meta(s), meta(s, 1, dtype=long), meta(s, dtype=torch.float32)
+    gather_starts(starts, slots, *kept, meta(s, dtype=long))
     packed = meta(7 * b + 3 * (b + 1))
     sizes, counts = packed[: 7 * b].view(7, b).split([4, 3])
     rows = meta(3, s * t, dtype=long).unbind(0)
@@ -107,7 +128,7 @@ def by_slot(tree: DraftTree, n: int) -> None:
 def server(batches: list[int]) -> None:
     """Steps of one server as requests come and go, the first one its warm-up."""
     params = LookaheadParams(15, 5, 15)
-    ops = TritonOps(params, max(batches), "meta")
+    ops = TritonOps(params, max(batches), "meta", max_tokens=MAX_BLOCKS * 16)
     pages = BlockPages.allocate(NUM_BLOCKS, 16, params, "meta")
     cache = meta(NUM_BLOCKS, 16, 8, 256, dtype=torch.bfloat16)
     ops.warm_up(pages, meta(4, MAX_BLOCKS), [cache] * 32)
@@ -123,11 +144,18 @@ def move(dtype: torch.dtype, shape: tuple[int, ...], heads_first: bool) -> None:
     compact(group, some_batch(4), verdict, 16)
 
 
+def ranked(dtype: torch.dtype) -> None:
+    said = meta(7, NUM_ANSWERS), meta(7, NUM_ANSWERS, dtype=torch.float32)
+    likeliest_tokens(meta(7, 50_257, dtype=dtype), *said)
+
+
 def cases() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     for name, (sizes, block_size, b) in SERVERS.items():
         params = LookaheadParams(*sizes)
         found[name] = lambda p=params, s=block_size, b=b: step(p, s, b)
+    for dtype in (torch.float32, torch.float16):
+        found[f"logits-{dtype}"] = lambda dtype=dtype: ranked(dtype)
     found["server"] = lambda: server([1, 2, 3, 5, 16, 17, 250, 256])
     for name, cache in CACHES.items():
         found[name] = lambda cache=cache: move(*cache)

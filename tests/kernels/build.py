@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from tests.core.build import ints, make_tree
-from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.chains import merge
-from vllm_lookahead.core.draft.pool import until_empty
+from tests.core.equivalence import Shape, State, random_hints
+from vllm_lookahead.core.batch import Request, RequestBatch
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
 from vllm_lookahead.core.draft.window import add_window
-from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.core.reference import ReferenceOps
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree, Node
 from vllm_lookahead.core.verify import Verdict
@@ -39,7 +39,8 @@ def poison_padding(tree: DraftTree) -> DraftTree:
 def poison_table(batch: RequestBatch, block_size: int, ahead: int) -> RequestBatch:
     """A copy with garbage for blocks that nobody needs, `ahead` of the root."""
     columns = torch.arange(batch.block_table.shape[1])
-    dead = columns * block_size > (batch.position + ahead)[:, None]
+    last = (batch.position + ahead).clamp(min=0)  # the first block has the window
+    dead = columns * block_size > last[:, None]
     return replace(batch, block_table=batch.block_table.masked_fill(dead, POISON))
 
 
@@ -68,6 +69,19 @@ def random_trees(
     return poison_padding(replace(tree, **kept, num_nodes=ints(list(sizes))))
 
 
+def merge(chains: Sequence[Sequence[int]], request: Request) -> list[Node]:
+    """The root and chains below it, each up to EMPTY; common prefixes share nodes."""
+    nodes = [Node(request.root, EMPTY, 0, ROOT)]
+    index: dict[tuple[int, ...], int] = {(): 0}
+    for chain in chains:
+        for depth in range(1, [*chain, EMPTY].index(EMPTY) + 1):
+            path = tuple(chain[:depth])
+            if path not in index and len(nodes) < request.max_nodes:
+                index[path] = len(nodes)
+                nodes.append(Node(path[-1], index[path[:-1]], depth, CANDIDATE))
+    return nodes
+
+
 def reference_trees(
     batch: RequestBatch, candidates: torch.Tensor, windows: torch.Tensor, size: int
 ) -> DraftTree:
@@ -83,11 +97,18 @@ def reference_trees(
     for request, chains, window in zip(
         batch.requests(), candidates.tolist(), windows.tolist(), strict=True
     ):
-        nodes = merge([until_empty(chain) for chain in chains], request)
         rows = window[: request.ngram_size - 1]
         own = [row[: request.window_size] for row in rows]
+        nodes = merge(chains, request)
         trees.append(add_window(nodes, own, request.max_nodes))
     return DraftTree.of(trees, size)
+
+
+def random_draft(state: State, shape: Shape, seed: int) -> DraftTree:
+    """The reference's trees, of random hints."""
+    hints = random_hints(shape, state.n, seed)
+    tree, _ = REFERENCE.draft(state.pages, state.batch, hints, state.g)
+    return tree
 
 
 class AnySizeTritonOps(TritonOps):
@@ -96,25 +117,27 @@ class AnySizeTritonOps(TritonOps):
     def __init__(self) -> None:
         self._caches = []
 
-    def _resize(self, pages: BlockPages, b: int, g: int) -> None:
-        _, rows, columns = pages.window.shape
-        super().__init__(LookaheadParams(columns, rows + 1, g), b, pages.window.device)
-        for buffer in vars(self).values():
+    def _resize(self, pages: BlockPages, b: int, g: int, rows: int = 1) -> None:
+        _, k, columns = pages.window.shape
+        params, device = LookaheadParams(columns, k + 1, g), pages.window.device
+        super().__init__(params, b, device, max_rows=rows)
+        tables = vars(self._tables).values()  # whose cells no launch has filed
+        scratch = vars(self._scratch).values()
+        for buffer in (*vars(self).values(), *tables, *scratch):
             for tensor in buffer if isinstance(buffer, list) else [buffer]:
                 if isinstance(tensor, torch.Tensor):
                     tensor.fill_(POISON)
-        self._scratch.found.fill_(POISON)
-        self._scratch.count.fill_(POISON)
 
-    def propose(
+    def draft(
         self,
         pages: BlockPages,
         batch: RequestBatch,
+        hints: Hints,
         max_candidates: int,
-        *bigrams: torch.Tensor | None,
-    ) -> DraftTree:
+        weights: Weights = WEIGHTS,
+    ) -> tuple[DraftTree, torch.Tensor]:
         self._resize(pages, len(batch.root), max_candidates)
-        return super().propose(pages, batch, max_candidates, *bigrams)
+        return super().draft(pages, batch, hints, max_candidates, weights)
 
     def verify(
         self, tree: DraftTree, sampled: torch.Tensor, max_emitted: int
@@ -123,6 +146,13 @@ class AnySizeTritonOps(TritonOps):
         pages = BlockPages.allocate(1, 1, params, sampled.device)
         self._resize(pages, len(sampled), 0)
         return super().verify(tree, sampled, max_emitted)
+
+    def likeliest_tokens(
+        self, logits: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pages = BlockPages.allocate(1, 1, LookaheadParams(0, 2, 0), logits.device)
+        self._resize(pages, 1, 0, first + len(logits) + 1)
+        return super().likeliest_tokens(logits, first)
 
 
 REFERENCE = ReferenceOps()

@@ -21,11 +21,11 @@ def test_smoke(tmp_path, capsys):
     assert by_name["tree"]["us"] > 0
     assert list(by_name) == list(kernels.CONTENDERS)
     assert all("failed" not in r for r in by_name.values())
-    ops = {"write_tokens", "propose", "mask", "verify", "compact", "update"}
-    ops |= {"feed", "store", "gather"}
+    ops = {"write_tokens", "draft", "mask", "verify", "compact", "update"}
+    ops |= {"likeliest_tokens", "keep_answers", "feed", "store", "gather"}
     (step,) = results["step"]
     assert set(step["us"]) == ops
-    assert set(step["parts"]) == {"lookup"}
+    assert set(step["parts"]) == {"index"}
     assert step["moved"] > 0
     assert plot.exists() or "matplotlib" in capsys.readouterr().out
 
@@ -49,12 +49,12 @@ def test_what_is_there_is_not_timed_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", kernels.STEP_SIZES)
 def test_compaction_moves_what_a_step_accepts(sizes):
-    """A branch of the tree, as long as it can be: the first chain would stay put."""
+    """The branch of which most must move: the first nodes of a tree stay put."""
     params = LookaheadParams(*sizes)
     torch.manual_seed(0)
     caches = [torch.zeros(80, 16, 2, 8, dtype=torch.bfloat16)]
     calls, _, moved = step_kernels.step_calls(params, 1, 640, 640, 16, caches, "cpu")
-    assert moved == params.ngram_size - 1
+    assert 2 <= moved < params.ngram_size
     before = caches[0].normal_().clone()
     calls["compact"]()
     slots_changed = (caches[0] != before).flatten(2).any(-1).sum()

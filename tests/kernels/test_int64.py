@@ -13,10 +13,14 @@ from tests.core.build import Row, clone_pages, ints, make_batch
 from tests.core.equivalence import (
     Shape,
     assert_same_trees,
+    random_answers,
+    random_hints,
     random_samples,
     random_state,
 )
 from tests.kernels.build import REFERENCE, AnySizeTritonOps
+from vllm_lookahead.core.answers import likeliest_tokens
+from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.verify import Verdict
 
@@ -43,14 +47,19 @@ def lend(tmp_path):
 def test_pages(lend):
     shape = Shape(8, 5, 4, batch=2, block_size=32, num_blocks=2, vocab=3)
     state = random_state(shape, seed=4)
-    # A short ring: this is about memory.
-    near = replace(state.pages, ring=state.pages.ring[:, :8].contiguous())
-    first = TOO_FAR // 32  # cells of tokens and of windows, 48 in a ring
+    # Short rings: this is about memory.
+    near = replace(
+        state.pages,
+        ring=state.pages.ring[:, :8].contiguous(),
+        answers=state.pages.answers[:, :8].contiguous(),
+        answer_logprobs=state.pages.answer_logprobs[:, :8].contiguous(),
+    )
+    first = TOO_FAR // 32  # cells of tokens, windows and logprobs, more of rings
     blocks = len(near.tokens)
     far = BlockPages(
         *(
-            lend((first + blocks, *page.shape[1:]), torch.int32)
-            for page in (near.tokens, near.ring, near.ring_count, near.window)
+            lend((first + blocks, *page.shape[1:]), page.dtype)
+            for page in vars(near).values()
         )
     )
     for f in fields(BlockPages):
@@ -70,13 +79,30 @@ def test_pages(lend):
     assert not torch.equal(near.tokens, before.tokens)
     assert_same()
 
-    tree = REFERENCE.propose(near, state.batch, state.g)
-    assert_same_trees(tree, ops.propose(far, far_batch, state.g))
+    hints = random_hints(shape, shape.n, 0, gpu_noise)
+    tree, _ = REFERENCE.draft(near, state.batch, hints, state.g)
+    own, _ = ops.draft(far, far_batch, hints, state.g)
+    assert_same_trees(tree, own)
     sampled = random_samples(tree, shape.vocab, 0)
     verdict = REFERENCE.verify(tree, sampled, shape.n)
     REFERENCE.update(near, state.batch, tree, sampled, verdict)
     ops.update(far, far_batch, tree, sampled, verdict)
     assert_same()
+    answers = random_answers(tree, shape.vocab, 0)
+    REFERENCE.keep_answers(near, state.batch, tree, verdict, answers)
+    ops.keep_answers(far, far_batch, tree, verdict, answers)
+    assert_same()
+
+
+def test_rows_of_logits(lend):
+    logits = lend((TOO_FAR + 100,), torch.float16)
+    logits = logits.as_strided((3, 100), (TOO_FAR // 2, 1))
+    near = torch.randn(3, 100).half()
+    logits[:] = near
+    tokens, logprobs = AnySizeTritonOps().likeliest_tokens(logits)
+    expected = likeliest_tokens(near)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logprobs, expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["BNHC", "BHNC", "HBNC"])

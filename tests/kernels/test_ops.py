@@ -11,10 +11,13 @@ from tests.core.equivalence import (
     SHAPES,
     assert_same_ops,
     assert_same_pages,
+    assert_same_trees,
+    random_hints,
     random_state,
     run_steps,
 )
 from tests.kernels.build import REFERENCE, AnySizeTritonOps, poisoned
+from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -35,7 +38,7 @@ CHOSEN = (
 @pytest.mark.parametrize("name", CHOSEN)
 def test_each_op(name):
     shape = SHAPES[name]
-    assert_same_ops(AnySizeTritonOps(), random_state(shape, 3), shape.vocab, 3)
+    assert_same_ops(AnySizeTritonOps(), random_state(shape, 3), shape, 3, gpu_noise)
 
 
 @pytest.mark.parametrize("name", ["small", "N = 2"])
@@ -45,8 +48,8 @@ def test_steps_one_after_another(name):
     own = replace(state, pages=clone_pages(state.pages))
     params = LookaheadParams(shape.w, shape.n, shape.g)
     ops = TritonOps(params, shape.batch + 1, state.pages.tokens.device)
-    run_steps(REFERENCE, state, shape.vocab, 0)
-    run_steps(ops, own, shape.vocab, 0)
+    run_steps(REFERENCE, state, shape, 0, gpu_noise)
+    run_steps(ops, own, shape, 0, gpu_noise)
     assert_same_pages(state.pages, own.pages)
 
 
@@ -56,13 +59,22 @@ def test_results_are_views_of_one_set_of_buffers():
     state = random_state(shape, 0)
     device = state.pages.tokens.device
     ops = TritonOps(LookaheadParams(shape.w, shape.n, shape.g), 8, device)
-    first = ops.propose(state.pages, state.batch, state.g)
-    again = ops.propose(state.pages, state.batch, state.g)
+    hints = random_hints(shape, state.n, 0, gpu_noise)
+    first, chances = ops.draft(state.pages, state.batch, hints, state.g)
+    again, own = ops.draft(state.pages, state.batch, hints, state.g)
     assert first.tokens.data_ptr() == again.tokens.data_ptr()
+    assert chances.data_ptr() == own.data_ptr()
+    logits = torch.randn(5, 20)
+    for one, other in zip(
+        ops.likeliest_tokens(logits), ops.likeliest_tokens(logits[:2]), strict=True
+    ):
+        assert one.data_ptr() == other.data_ptr()
     with pytest.raises(ValueError, match="max_emitted=7"):
         ops.verify(first, first.tokens, 7)
     with pytest.raises(ValueError, match="max_candidates=7"):
-        ops.propose(state.pages, state.batch, 7)
+        ops.draft(state.pages, state.batch, hints, 7)
+    with pytest.raises(ValueError, match="9999 rows of logits"):
+        ops.likeliest_tokens(torch.zeros(9999, 2))
 
 
 def test_warming_up_changes_nothing():
@@ -74,5 +86,46 @@ def test_warming_up_changes_nothing():
     device = state.pages.tokens.device
     ops = TritonOps(LookaheadParams(shape.w, shape.n, shape.g), 2, device)
     ops.warm_up(state.pages, poisoned(4, 9), [cache])
+    hints = random_hints(shape, state.n, 0, gpu_noise)
+    ops.warm_up(state.pages, poisoned(4, 9), [cache], hints, torch.float32)
     assert_same_pages(state.pages, before)
     assert torch.equal(cache, copy)
+
+
+def test_tables_are_as_wide_as_was_said():
+    """A server allocates nothing in a step; a test need not say how wide."""
+    shape = SHAPES["small"]
+    state = random_state(shape, 0)
+    pages, device = state.pages, state.pages.tokens.device
+    wide = torch.nn.functional.pad(state.batch.block_table, (0, 100)).contiguous()
+    batch = replace(state.batch, block_table=wide)
+    hints = random_hints(shape, state.n, 0, gpu_noise)
+    expected, _ = REFERENCE.draft(pages, batch, hints, state.g)
+    params = LookaheadParams(shape.w, shape.n, shape.g)
+    for most in (None, wide.shape[1] * 16):
+        ops = TritonOps(params, 3, device, max_tokens=most)
+        for _ in range(2):
+            tree, _ = ops.draft(pages, batch, hints, state.g)
+            assert_same_trees(expected, tree)
+    ops = TritonOps(params, 3, device, max_tokens=16)
+    with pytest.raises(ValueError, match="too small for"):
+        ops.draft(pages, batch, hints, state.g)
+    ops.warm_up(pages, wide, [])
+    assert_same_trees(expected, ops.draft(pages, batch, hints, state.g)[0])
+
+
+def test_rows_of_logits_in_parts():
+    ops = TritonOps(LookaheadParams(0, 2, 0), 1, torch.get_default_device(), max_rows=7)
+    logits = torch.randn(7, 30)
+    parts = [
+        tuple(x.clone() for x in ops.likeliest_tokens(logits[first:end], first))
+        for first, end in ((0, 3), (3, 3), (3, 7))
+    ]
+    for whole, *own in zip(ops.kept_likeliest(7), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(own))
+    for whole, again in zip(
+        ops.kept_likeliest(7), ops.likeliest_tokens(logits), strict=True
+    ):
+        assert torch.equal(whole, again)
+    with pytest.raises(ValueError, match="8 rows of logits, but buffers for 7"):
+        ops.likeliest_tokens(logits[:2], 6)

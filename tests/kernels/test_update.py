@@ -17,6 +17,7 @@ from tests.kernels.build import (
     poison_padding,
     poison_table,
     poisoned,
+    random_draft,
 )
 from tests.kernels.test_verify import empty_verdict
 from vllm_lookahead.core.tree import WINDOW
@@ -42,7 +43,7 @@ def test_same_as_the_reference(shape, dtype):
     """Emitted tokens cross blocks; rings turn over; windows are cut or absent."""
     for seed in range(3):
         state = random_state(shape, seed)
-        tree = REFERENCE.propose(state.pages, state.batch, state.g)
+        tree = random_draft(state, shape, seed)
         sampled = random_samples(tree, shape.vocab, seed).to(dtype)
         verdict = REFERENCE.verify(tree, sampled, shape.n)
         expected = clone_pages(state.pages)
@@ -55,8 +56,9 @@ def test_same_as_the_reference(shape, dtype):
 
 
 def test_a_window_that_was_cut_is_kept():
-    state = random_state(Shape(4, 4, 2, batch=2, same_sizes=True), seed=0)
-    tree = REFERENCE.propose(state.pages, state.batch, state.g)
+    shape = Shape(4, 4, 2, batch=2, same_sizes=True)
+    state = random_state(shape, seed=0)
+    tree = random_draft(state, shape, 0)
     cut = replace(tree, num_nodes=tree.num_nodes - 1)
     last = torch.arange(tree.tokens.shape[1]) == cut.num_nodes[:, None]
     cut.kinds[last & (cut.kinds == WINDOW)] = 0

@@ -16,6 +16,7 @@ from tests.kernels.build import (
     REFERENCE,
     poison_padding,
     poisoned,
+    random_draft,
     random_trees,
 )
 from vllm_lookahead.core.tree import CANDIDATE, ROOT
@@ -41,7 +42,7 @@ def empty_verdict(b: int, n: int) -> Verdict:
 )
 def test_same_as_the_reference(shape, dtype):
     state = random_state(shape, seed=1)
-    tree = REFERENCE.propose(state.pages, state.batch, state.g)
+    tree = random_draft(state, shape, 1)
     for seed in range(4):
         sampled = random_samples(tree, shape.vocab, seed).to(dtype)
         expected = REFERENCE.verify(tree, sampled, shape.n)

@@ -13,6 +13,7 @@ from tests.harness.jobs import (
     DRAFTS,
     TIGHT,
     bigrams_are_drafted,
+    budgets_of_nodes,
     in_batches,
     prompts,
     request,
@@ -173,6 +174,10 @@ def test_max_model_len(engines: Engines) -> None:
     jobs.append([request(t, max_tokens=40) for t in texts])
     result = same_as_plain(engines, jobs, FULL, **TIGHT)
     assert [len(o["tokens"]) for o in result["outputs"][:4]] == [16, 12, 6, 1]
+
+
+def test_budgets_of_nodes(engines: Engines) -> None:
+    budgets_of_nodes(engines)
 
 
 def test_bigrams_of_the_model(engines: Engines) -> None:

@@ -20,7 +20,7 @@ from tests.harness.jobs import (
     same_logprobs,
 )
 from tests.v1.test_lossless import DEFAULT, FULL, TREE
-from vllm_lookahead.core.draft.noise import gumbel_noise
+from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.engine.v1.sampling import upcoming_noise
 
 
@@ -202,5 +202,7 @@ def test_the_noise_of_the_sampler_is_known(seeded: list[int]) -> None:
     assert known.tolist() == [0.5, 2.0]
     for depth, logits in enumerate(all_logits):
         drawn, _ = sampler(logits.clone(), generators, None, None)
-        noise = gumbel_noise(seeds[:, depth, None], torch.arange(200))
-        assert torch.equal(drawn[rows], (logits[rows].double() + noise).argmax(-1))
+        keys = seeds[:, depth].tolist()
+        noise = [[cpu_noise(key, 0, token) for token in range(200)] for key in keys]
+        noised = logits[rows].double() + torch.tensor(noise, dtype=torch.float64)
+        assert torch.equal(drawn[rows], noised.argmax(-1))

@@ -1,55 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step leaves to the next one's drafts."""
+"""What a step's trees are to the runner; that attention reads them is elsewhere."""
 
 import numpy as np
+import pytest
 import torch
 
-from tests.core.build import ints
-from vllm_lookahead.core.pages import EMPTY
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW
-from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.engine.v1.trees import StepTrees, rejected_nodes
+from tests.core.equivalence import Shape, random_hints, random_state
+from vllm_lookahead.core.answers import likeliest_tokens
+from vllm_lookahead.core.reference import ReferenceOps
+from vllm_lookahead.core.tree import WINDOW
+from vllm_lookahead.engine.v1.trees import StepTrees
+from vllm_lookahead.numba_kernels.layout import lay_out
 
-LOGITS = torch.randn(7, 30)
-
-
-def finished_step() -> StepTrees:
-    """Of "a" a chain of three is drafted, one accepted; of "b" two and a window."""
-    step = object.__new__(StepTrees)
-    step.request_ids = ["a", "b"]
-
-    class Tree:
-        tokens = ints([[10, 11, 12, 13], [20, 21, 22, 9]])
-        depths = ints([[0, 1, 2, 3], [0, 1, 1, 1]])
-        kinds = ints([[ROOT, *[CANDIDATE] * 3], [ROOT, *[CANDIDATE] * 2, WINDOW]])
-
-    class Flat:
-        logits_node = np.array([[0, 1, 2, 3], [4, 5, 6, -1]])
-
-    step.tree, step.flat = Tree, Flat  # type: ignore[assignment]
-    step.finish(LOGITS, Verdict(ints([]), ints([]), ints([2, 1])))
-    return step
+NUM_TOKENS = np.array([3, 1, 4, 1, 2])
+REQUESTS = np.array([0, 2, 3])  # those with a tree
+VOCAB = 40
 
 
-def test_rejected_nodes_lie_below_the_new_root() -> None:
-    rejected = rejected_nodes(finished_step(), ["a", "b"])
-    # "a" is at depth 2 now, where 12 was wrong; 13 is a step further.
-    assert rejected.tokens.tolist() == [[EMPTY, EMPTY, 12, 13], [EMPTY, 21, 22, EMPTY]]
-    assert rejected.depths[0, 2:].tolist() == [0, 1]
-    assert rejected.depths[1, 1:3].tolist() == [0, 0]
-    assert torch.equal(rejected.logits[rejected.rows[0, 2:]], LOGITS[2:4])
-    assert torch.equal(rejected.logits[rejected.rows[1, 1:3]], LOGITS[5:])
-    assert len(rejected.logits) == 4
+@pytest.fixture(params=[0, 3])
+def trees(request: pytest.FixtureRequest) -> StepTrees:
+    """Of three requests of five, with a window or without."""
+    shape = Shape(request.param, 4, 3, same_sizes=True)
+    state = random_state(shape, seed=0)
+    hints = random_hints(shape, state.n, seed=0)
+    tree, chances = ReferenceOps.draft(state.pages, state.batch, hints, state.g)
+    flat = lay_out(tree, state.batch, REQUESTS, NUM_TOKENS, 10_000)
+    promised = float(chances.sum())
+    return StepTrees(["a", "b", "c"], REQUESTS, state.batch, tree, flat, promised)
 
 
-def test_requests_are_found_by_name() -> None:
-    rejected = rejected_nodes(finished_step(), ["b", "new"])
-    assert rejected.tokens.tolist() == [[EMPTY, 21, 22, EMPTY], [EMPTY] * 4]
-    assert torch.equal(rejected.logits[rejected.rows[0, 1:3]], LOGITS[5:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_are_of_each_node_that_is_verified(
+    trees: StepTrees, dtype: torch.dtype
+) -> None:
+    """Whatever rows of other requests and of a window lie between the trees'."""
+    torch.manual_seed(0)
+    logits = torch.randn(int(trees.flat.logits_start[-1]), VOCAB).to(dtype)
+    answers = trees.answers(logits)
+    assert answers.first_row.dtype == torch.int32
+    node_of_row = dict(enumerate(trees.flat.logits_indices.tolist()))
+    checked = 0
+    for b, nodes in enumerate(trees.tree.nodes()):
+        for i, node in enumerate(nodes):
+            if node.kind == WINDOW:
+                continue
+            row = int(answers.first_row[b]) + i
+            assert node_of_row[row] == int(trees.flat.start[REQUESTS[b]]) + i
+            expected, logprobs = likeliest_tokens(logits[row : row + 1])
+            assert torch.equal(answers.tokens[row], expected[0])
+            torch.testing.assert_close(answers.logprobs[row], logprobs[0])
+            checked += 1
+    assert checked > 2 * len(REQUESTS)
 
 
-def test_before_anything_was_sampled_nothing_is_rejected() -> None:
-    step = finished_step()
-    step.rejected = None
-    for last in (None, step):
-        assert rejected_nodes(last, ["a"]).tokens.shape == (1, 0)
+def test_how_many_requests_and_tokens(trees: StepTrees) -> None:
+    sizes = trees.tree.num_nodes.tolist()
+    assert trees.num_requests == len(NUM_TOKENS)
+    assert trees.num_tokens == sum(sizes) + 1 + 2
+    assert not trees.only_decodes
+    longest = [
+        max((node.depth for node in nodes if node.kind != WINDOW), default=0)
+        for nodes in trees.tree.nodes()
+    ]
+    assert trees.num_draft_tokens() == dict(zip("abc", longest, strict=True))

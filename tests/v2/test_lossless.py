@@ -12,6 +12,7 @@ from tests.harness.jobs import (
     SMALL,
     TIGHT,
     bigrams_are_drafted,
+    budgets_of_nodes,
     in_batches,
     prompts,
     request,
@@ -191,7 +192,7 @@ def test_preemption(engines: Engines) -> None:
     """Greedy and seeded requests, each after some tokens of its own."""
     own: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 4}] * 2
     texts = [list(range(i, i + 50)) for i in (2, 15, 28, 41)]
-    jobs = [[request(t, max_tokens=14, **o) for t, o in zip(texts, own, strict=True)]]
+    jobs = [[request(t, max_tokens=24, **o) for t, o in zip(texts, own, strict=True)]]
     result = same_as_plain(engines, jobs, **TIGHT)
     assert result["metrics"]["vllm:num_preemptions"] > 0
 
@@ -244,6 +245,10 @@ def test_sizes(
     jobs = in_fours([request(p) for p in prompts(4, seed=20)])
     lookahead = dict(zip(names, sizes, strict=True))
     same_as_plain(engines, jobs, lookahead, model=[1, num_kv_heads])
+
+
+def test_budgets_of_nodes(engines: Engines) -> None:
+    budgets_of_nodes(engines)
 
 
 def test_bigrams_of_the_model(engines: Engines) -> None:

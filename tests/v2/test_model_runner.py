@@ -70,7 +70,7 @@ def test_the_output_does_not_wait_for_the_next_trees(
 
     def sample(*args: Any) -> tuple[Any, Any]:
         calls.append("sample")
-        return result, None
+        return result, None, None
 
     def upstream(self: Any, grammar_output: Any) -> Any:
         batch: Any = SimpleNamespace(req_ids=["a", "b", "c", "d"])
@@ -85,7 +85,10 @@ def test_the_output_does_not_wait_for_the_next_trees(
     wrap = SimpleNamespace(wrap=lambda output, drafted: (output, drafted))
     monkeypatch.setattr(outputs, "LookaheadModelRunnerOutput", wrap)
     output = runner.sample_tokens(None)
-    assert calls == ["wait_stream", "sample", "compact", "update", "propose"]
+    assert calls == [
+        *("wait_stream", "sample", "compact"),
+        *("update", "keep_answers", "propose"),
+    ]
     assert output.get_output() == ("output", {"a": 2, "b": 0, "c": 1})
 
     step.plan.num_trees = 0

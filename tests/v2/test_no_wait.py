@@ -12,8 +12,8 @@ from tests.harness.engines import Engines
 from tests.harness.jobs import SMALL, prompts, request
 from tests.harness.watch import Watch
 
-KERNELS = ("feed", "mask", "write_tokens", "verify", "compact", "update", "scan")
-KERNELS += ("select", "complete", "tree", "store")
+KERNELS = ("feed", "mask", "write_tokens", "verify", "compact", "update", "likeliest")
+KERNELS += ("keep_answers", "gather", "file", "draft", "store")
 KERNELS = tuple(f"_{name}_kernel" for name in KERNELS)
 NUM_LAYERS = 2
 HELD = torch.tensor([3.0, 0.0, 1.0])  # as if by the device

@@ -2,9 +2,10 @@
 """Block-resident state: one page per physical KV block.
 
 A page holds what lookahead knows *at* that block: the tokens whose K/V lies in
-its slots, the n-grams harvested while the request's tail was in it, and the
-Jacobi window. Requests own no state. They find pages through their own block
-table, so sharing, eviction, preemption and isolation are those of the KV cache.
+its slots; the n-grams that the window found, and the answers that the model gave, while
+the request's tail was in it; and the Jacobi window. Requests own no state. They find
+pages through their own block table, so sharing, eviction, preemption and isolation are
+those of the KV cache.
 
 The tail block of a request at root position p is the block of position p-1, the
 last token whose K/V is final. Pages are hints: a stale one costs speed, never a
@@ -24,6 +25,11 @@ EMPTY = -1
 # and MT-Bench: 1 per slot 3.00, 3.00, 3.14; 2: 3.05, 3.07, 3.16; 3: 3.07, 3.09, 3.22;
 # 4: 3.10, 3.11, 3.25; 16: 3.12, 3.11, 3.24.
 NGRAMS_PER_SLOT = 4
+# Answers that a block keeps per slot at most: the likeliest NUM_ANSWERS tokens after
+# CONTEXT others.
+ANSWERS_PER_SLOT, NUM_ANSWERS, CONTEXT = 8, 4, 3
+# N-grams and answers are read in the blocks of so many tokens before the root.
+REACH = 1024
 
 
 @dataclass(eq=False)
@@ -39,12 +45,19 @@ class BlockPages:
         ring_count: [num_blocks] int32, n-grams ever put into the block's ring.
         window: [num_blocks, N-1, W] int32, the Jacobi window; (0, 0) is unused,
             its place is the root's.
+        answers: [num_blocks, A, CONTEXT + R] int32, a ring of answers as (context, the
+            nearest token first; likeliest tokens), R = NUM_ANSWERS.
+        answer_logprobs: [num_blocks, A, R] float32, of these tokens.
+        answer_count: [num_blocks] int32, answers ever put into the block's ring.
     """
 
     tokens: torch.Tensor
     ring: torch.Tensor
     ring_count: torch.Tensor
     window: torch.Tensor
+    answers: torch.Tensor
+    answer_logprobs: torch.Tensor
+    answer_count: torch.Tensor
 
     @classmethod
     def allocate(
@@ -57,12 +70,19 @@ class BlockPages:
         def empty(*shape: int) -> torch.Tensor:
             return torch.full(shape, EMPTY, dtype=torch.int32, device=device)
 
-        n, w = params.ngram_size, params.window_size
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        n, w, r = params.ngram_size, params.window_size, NUM_ANSWERS
+        kept = num_answers(block_size, params)
         return cls(
             tokens=empty(num_blocks, block_size),
             ring=empty(num_blocks, ring_size(block_size, params), n + 1),
-            ring_count=torch.zeros(num_blocks, dtype=torch.int32, device=device),
+            ring_count=zeros(num_blocks),
             window=empty(num_blocks, n - 1, w),
+            answers=empty(num_blocks, kept, CONTEXT + r),
+            answer_logprobs=zeros(num_blocks, kept, r, dtype=torch.float32),
+            answer_count=zeros(num_blocks),
         )
 
     @property
@@ -80,6 +100,11 @@ class BlockPages:
         tokens = self.tokens[request.blocks[:num_blocks]].flatten()
         return tokens[: request.position].tolist()
 
+    def recent_blocks(self, request: Request) -> list[int]:
+        """Those whose n-grams and answers are read, the oldest first."""
+        end = -(-request.position // self.block_size)
+        return request.blocks[max(0, end - num_recent_blocks(self.block_size)) : end]
+
     def ngrams(self, block: int) -> list[list[int]]:
         """A block's ring, oldest first: (token before the key, key, values) each."""
         count, ring = int(self.ring_count[block]), self.ring[block].tolist()
@@ -88,8 +113,13 @@ class BlockPages:
 
     def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Pages follow their blocks when vLLM copies K/V. src, dst: [n] int64."""
-        for page in (self.tokens, self.ring, self.ring_count, self.window):
+        for page in vars(self).values():
             page[dst] = page[src]
+
+
+def num_recent_blocks(block_size: int) -> int:
+    """How many blocks before the root are read for n-grams and answers."""
+    return max(1, REACH // block_size)
 
 
 def ring_size(block_size: int, params: LookaheadParams) -> int:
@@ -98,8 +128,18 @@ def ring_size(block_size: int, params: LookaheadParams) -> int:
     return max(w, block_size * min(w, NGRAMS_PER_SLOT))
 
 
+def num_answers(block_size: int, params: LookaheadParams) -> int:
+    """A, entries of a block's ring of answers: none where no candidate is drafted.
+
+    Small trees leave fewer for each token that comes of them.
+    """
+    nodes = params.max_candidate_nodes
+    return block_size * min(ANSWERS_PER_SLOT, -(-(1 + nodes) // 2)) if nodes else 0
+
+
 def page_bytes(block_size: int, params: LookaheadParams) -> int:
     """Bytes that one block's page takes; the KV budget gives them up."""
     n, w = params.ngram_size, params.window_size
     cells = block_size + ring_size(block_size, params) * (n + 1) + 1 + (n - 1) * w
+    cells += num_answers(block_size, params) * (CONTEXT + 2 * NUM_ANSWERS) + 1
     return 4 * cells

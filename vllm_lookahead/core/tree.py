@@ -56,6 +56,12 @@ class DraftTree:
         tokens, parents, depths, kinds = cells.permute(2, 0, 1).contiguous()
         return cls(tokens, parents, depths, kinds, counts)
 
+    def first_nodes(self, size: int) -> Self:
+        """The same trees in `size` columns: none has more nodes."""
+        columns = self.tokens, self.parents, self.depths, self.kinds
+        tokens, parents, depths, kinds = (column[:, :size] for column in columns)
+        return type(self)(tokens, parents, depths, kinds, self.num_nodes)
+
     def nodes(self) -> list[list[Node]]:
         """The nodes of each tree, without the padding."""
         columns = self.tokens, self.parents, self.depths, self.kinds

@@ -9,7 +9,7 @@ from vllm_lookahead.core.pages import EMPTY, BlockPages
 def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -> None:
     """Record tokens in the slots that now hold their K/V.
 
-    A block whose first slot is written has a new owner: its ring and window are
+    A block whose first slot is written has a new owner: its rings and window are
     emptied, so that nothing of the previous owner remains visible.
 
     Args:
@@ -26,3 +26,4 @@ def write_tokens(pages: BlockPages, slots: torch.Tensor, tokens: torch.Tensor) -
             pages.ring[block] = EMPTY
             pages.ring_count[block] = 0
             pages.window[block] = EMPTY
+            pages.answer_count[block] = 0

@@ -72,7 +72,7 @@ class LoneTokens:
 def ask_model(
     model: Any, vllm_config: VllmConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The tables that `core.draft.bigrams.complete` takes.
+    """The tables that `core.draft.estimate.Hints` has.
 
     Args:
         model: loaded, its attention layers taught to read `LoneTokens`.
@@ -80,8 +80,9 @@ def ask_model(
         device: of the model.
 
     Returns:
-        bigrams and their logits, as `core.draft.bigrams.model_bigrams`, the same on
-        every rank; None for a model that needs more than token ids and positions.
+        bigrams and their log-probabilities, as `core.draft.bigrams.model_bigrams`, the
+        same on every rank; None for a model that needs more than token ids and
+        positions.
     """
     config = vllm_config.model_config
     needs_more = (
@@ -112,7 +113,7 @@ def ask_model(
             )
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         logits = model.compute_logits(hidden[len(prefix) :][: len(tokens)])
-        values, ids = logits.topk(NUM_SUCCESSORS)
+        values, ids = logits.float().log_softmax(-1).topk(NUM_SUCCESSORS)
         return values, ids
 
     vocab_size = config.get_vocab_size()

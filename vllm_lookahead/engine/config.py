@@ -10,21 +10,35 @@ from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_lookahead.params import METHOD, RANGES, LookaheadParams
+from vllm_lookahead.params import MAX_TREE_NODES, METHOD, RANGES, LookaheadParams
 
-# Fu et al. 2024 use this for 7B models.
-GPU_DEFAULTS = LookaheadParams(window_size=15, ngram_size=5, verification_set_size=15)
-# A CPU is compute-bound: there the window costs more than it finds, and branches as
-# much. Two Zen 4 cores, a 5M model at temperature 0.8, HumanEval, GSM8K and MT-Bench:
-# one chain 1.77x, 1.79x and 1.63x plain vLLM, at most four leaves 1.75x, 1.71x, 1.68x,
-# eight 1.86x, 1.46x and 1.60x, at 1.59 to 1.79, 1.80 to 2.07, and 1.76 to 1.94 tokens a
-# step.
-CPU_DEFAULTS = LookaheadParams(window_size=0, ngram_size=8, verification_set_size=1)
+# docs/drafting.md: no window at the same number of nodes finds as much.
+GPU_DEFAULTS = LookaheadParams(
+    window_size=0, ngram_size=9, verification_set_size=32, node_budget=64
+)
+# A CPU is compute-bound, but for the few rows that a layer multiplies at once
+# (`numba_kernels/linear.py`). SmolLM2-135M, fp32, two Zen 4 cores, four chat prompts of
+# HumanEval and of GSM8K, greedy, one turn: chains of 8 nodes 1.79x and 1.71x plain
+# vLLM, trees of at most 8 1.93x and 1.87x, of 16 and of 12 1.68x and 1.74x.
+CPU_DEFAULTS = LookaheadParams(
+    window_size=0, ngram_size=8, verification_set_size=4, node_budget=8
+)
 
 
 def default_params(device_type: str) -> LookaheadParams:
     """The sizes that lookahead picks by itself on a kind of device."""
     return CPU_DEFAULTS if device_type == "cpu" else GPU_DEFAULTS
+
+
+def with_defaults(given: Mapping[str, int]) -> LookaheadParams:
+    """Sizes, and for those left out the platform's.
+
+    Of trees whose width is given the platform's budget says nothing.
+    """
+    sizes = asdict(default_params(current_platform.device_type))
+    if given.keys() & {"window_size", "verification_set_size"}:
+        sizes["node_budget"] = MAX_TREE_NODES
+    return LookaheadParams(**sizes | dict(given))
 
 
 @config
@@ -38,11 +52,13 @@ class LookaheadConfig(SpeculativeConfig):
 
     method: Literal["lookahead"] = METHOD  # type: ignore[assignment]
     window_size: int = Field(default=None)  # type: ignore[assignment]
-    """W, columns of the Jacobi window; 0 drafts from the n-gram pool alone."""
+    """W, columns of the Jacobi window; 0 drafts without it."""
     ngram_size: int = Field(default=None)  # type: ignore[assignment]
     """N; at most N tokens are emitted per step."""
     verification_set_size: int = Field(default=None)  # type: ignore[assignment]
-    """G, most candidate n-grams verified in a step."""
+    """G, most candidates of one depth of the tree."""
+    node_budget: int = Field(default=None)  # type: ignore[assignment]
+    """Most tokens fed per step and request."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -64,14 +80,20 @@ class LookaheadConfig(SpeculativeConfig):
                 f"use {', '.join(RANGES)}"
             )
         given = {k: v for k, v in options.items() if k in RANGES and v is not None}
-        defaults = default_params(current_platform.device_type)
-        return cls(**asdict(LookaheadParams(**asdict(defaults) | given)))
+        params = with_defaults(given)
+        if params.window_size > params.fed_window_size:
+            raise ValueError(
+                f"node_budget={params.node_budget} has no room for the window: with "
+                f"window_size={params.window_size} a tree has {params.whole_size} "
+                "tokens; raise node_budget to that, or set window_size to 0"
+            )
+        return cls(**asdict(params))
 
     def __post_init__(self) -> None:
-        defaults = default_params(current_platform.device_type)
-        for name in RANGES:
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(defaults, name))
+        given = {name: getattr(self, name) for name in RANGES}
+        sizes = with_defaults({k: v for k, v in given.items() if v is not None})
+        for name, size in asdict(sizes).items():
+            setattr(self, name, size)
         self.num_speculative_tokens = self.params.ngram_size - 1
 
     @property

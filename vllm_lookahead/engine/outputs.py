@@ -12,12 +12,11 @@ class LookaheadSchedulerOutput(SchedulerOutput):
     """A `SchedulerOutput` that says how wide its trees may be.
 
     Attributes:
-        most_nodes: of any tree; the K/V slots of as many are reserved.
-        cramped: requests with K/V slots for their placeholders only.
+        max_nodes: request id -> nodes that its tree may have, the root among them;
+            input tokens and K/V slots of as many are reserved.
     """
 
-    most_nodes: int = 1
-    cramped: set[str] = field(default_factory=set)
+    max_nodes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -48,17 +48,15 @@ class LookaheadScheduler(Scheduler):
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (
             self.max_num_running_reqs + 1
         )
-        self.most_nodes = self.lookahead.max_tree_size
-        self.tree = self.most_nodes, 1 + self.lookahead.max_candidate_nodes
+        widest = self.lookahead.max_tree_size
+        self.tree = widest, 1 + self.lookahead.max_candidate_nodes
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
         # Only the GPU engine's trees share a step's tokens.
         worker = self.vllm_config.parallel_config.worker_cls
         self.trees_share = worker == V2_WORKER
-        # Nodes of each tree of this step that are no placeholders, by request id.
-        self.uncounted: dict[str, int] = {}
-        # Those of them that the K/V cache has no slots for.
-        self.cramped: set[str] = set()
+        # Nodes of each tree of the next step, by request id.
+        self.nodes: dict[str, int] = {}
         manager: Any = self.kv_cache_manager
         self._allocate_slots = manager.allocate_slots
         manager.allocate_slots = self.allocate_slots
@@ -82,7 +80,7 @@ class LookaheadScheduler(Scheduler):
         self.make_room()
         output = super().schedule(*args, **kwargs)
         return LookaheadSchedulerOutput(
-            **vars(output), most_nodes=self.most_nodes, cramped=self.cramped
+            **vars(output), max_nodes=self.max_nodes(output)
         )
 
     def make_room(self) -> None:
@@ -93,22 +91,40 @@ class LookaheadScheduler(Scheduler):
         """
         drafting = [r for r in self.running if r.spec_token_ids]
         sizes = [self.tree_sizes(request) for request in drafting]
+        most = self.tree[0]
         if drafting and self.trees_share:
-            budget = tree_budget(self.tree[0], self.input_tokens)
-            self.most_nodes = tree_share([tree for tree, _ in sizes], budget)
-        self.uncounted.clear()
-        self.cramped = set()
-        free = self.input_tokens
+            budget = tree_budget(most, self.input_tokens)
+            most = tree_share([tree for tree, _ in sizes], budget)
+        self.nodes.clear()
+        free, wanted = self.input_tokens, 0
         for request, (tree, verified) in zip(drafting, sizes, strict=True):
-            nodes = nodes_within(tree, verified, self.most_nodes)
+            nodes = nodes_within(tree, verified, most)
             # No more than its nodes can be accepted.
             if len(request.spec_token_ids) >= nodes:
                 request.spec_token_ids = request.spec_token_ids[: nodes - 1]
-            narrow = 1 + len(request.spec_token_ids)
-            self.uncounted[request.request_id] = nodes - narrow
-            free -= narrow
-        room = min(sum(self.uncounted.values()), max(0, free) // 2)
+            scheduled = 1 + len(request.spec_token_ids)
+            self.nodes[request.request_id] = nodes
+            free -= scheduled
+            wanted += nodes - scheduled
+        room = min(wanted, max(0, free) // 2)
         self.max_num_scheduled_tokens = min(self.token_limit, self.input_tokens - room)
+
+    def max_nodes(self, output: SchedulerOutput) -> dict[str, int]:
+        """Nodes of each tree of a step, as many as there are input tokens left for."""
+        spare = self.input_tokens - output.total_num_scheduled_tokens
+        drafting = output.scheduled_spec_decode_tokens
+        fed: dict[str, int] = {}
+        for request_id, placeholders in drafting.items():
+            most = scheduled = 1 + len(placeholders)
+            share = spare // (len(drafting) - len(fed))
+            request = self.requests[request_id]
+            # Where fewer than N tokens may come out, vLLM cut the placeholders. A tree
+            # of as many nodes is no deeper than that.
+            if scheduled > self.num_drafts(request):
+                most = min(self.nodes.get(request_id, scheduled), scheduled + share)
+            fed[request_id] = nodes_within(*self.tree_sizes(request), most)
+            spare -= max(0, fed[request_id] - scheduled)
+        return fed
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's, with K/V slots for the request's tree if this step feeds it one.
@@ -116,14 +132,15 @@ class LookaheadScheduler(Scheduler):
         No request is preempted for what another's tree would hold beside its
         placeholders.
         """
-        extra = self.uncounted.get(request.request_id, 0)
-        kwargs["num_lookahead_tokens"] = extra
+        scheduled = 1 + len(request.spec_token_ids)
+        extra = self.nodes.get(request.request_id, 0) - scheduled
+        kwargs["num_lookahead_tokens"] = max(0, extra)
         slots = self._allocate_slots(request, *args, **kwargs)
-        if slots is None and extra:
+        if slots is None and extra > 0:
             kwargs["num_lookahead_tokens"] = 0
             slots = self._allocate_slots(request, *args, **kwargs)
             if slots is not None:
-                self.cramped.add(request.request_id)
+                self.nodes[request.request_id] = scheduled
         return slots
 
     def num_drafts(self, request: Request) -> int:

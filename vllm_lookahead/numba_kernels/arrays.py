@@ -5,14 +5,12 @@ A kernel is compiled for each combination of argument types that it meets, so
 every one is pinned to a dtype and to C order.
 """
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.best_first import Hints
 from vllm_lookahead.core.pages import BlockPages
 
 # Pages live as long as the engine, and a view costs 1 us to make.
@@ -39,8 +37,12 @@ def output_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
 def page_arrays(pages: BlockPages) -> list[np.ndarray]:
     """The tensors of `pages`, which are never replaced, only written."""
     if pages not in _PAGE_ARRAYS:
-        tensors = pages.tokens, pages.ring, pages.ring_count, pages.window
-        _PAGE_ARRAYS[pages] = [output_array(t, torch.int32) for t in tensors]
+        _PAGE_ARRAYS[pages] = [
+            output_array(
+                page, getattr(torch, "float32" if "logprobs" in name else "int32")
+            )
+            for name, page in vars(pages).items()
+        ]
     return _PAGE_ARRAYS[pages]
 
 
@@ -55,23 +57,3 @@ def batch_arrays(batch: RequestBatch) -> list[np.ndarray]:
         batch.max_nodes,
     )
     return [array(column, torch.int32) for column in columns]
-
-
-def hints_arrays(hints: Hints) -> list[Any]:
-    """The last two: logits as the upper bits of float32, and how far these are up."""
-    rejected, logits = hints.rejected, hints.rejected.logits
-    if logits.dtype == torch.bfloat16:
-        answers, shift = logits.contiguous().view(torch.int16).numpy(), 16
-    else:
-        answers, shift = logits.float().contiguous().view(torch.int32).numpy(), 0
-    return [
-        array(hints.bigrams, torch.int32),
-        array(hints.bigram_logits, torch.float32),
-        array(hints.temperature, torch.float32),
-        array(hints.seeds, torch.int64),
-        array(rejected.tokens, torch.int32),
-        array(rejected.depths, torch.int32),
-        array(rejected.rows, torch.int64),
-        answers.view(f"uint{answers.itemsize * 8}"),
-        shift,
-    ]

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`core.draft.best_first.grow`, a request at a time and in one call."""
+"""`core.draft.grow.draft` and the files of that folder, a request at a time.
+
+All of it is here: a kernel in Numba's cache must not call another file's, whose changes
+would go unnoticed.
+"""
 
 import math
 
@@ -7,27 +11,22 @@ import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.best_first import (
-    MAX_AGREEMENT,
-    MAX_SEEN,
-    WEIGHTS,
-    Hints,
-)
+from vllm_lookahead.core.draft.estimate import FLOOR, WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.grow import BEAM
+from vllm_lookahead.core.draft.index import num_answer_cells, num_cells
+from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.draft.window import SEED_STRIDE
-from vllm_lookahead.core.pages import EMPTY, BlockPages
-from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
-from vllm_lookahead.numba_kernels.arrays import (
-    array,
-    batch_arrays,
-    hints_arrays,
-    page_arrays,
+from vllm_lookahead.core.pages import (
+    CONTEXT,
+    EMPTY,
+    NUM_ANSWERS,
+    BlockPages,
+    num_recent_blocks,
 )
+from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
+from vllm_lookahead.numba_kernels.arrays import array, batch_arrays, page_arrays
 from vllm_lookahead.numba_kernels.jit import kernel
-
-# An argument of the kernel: a change would not reach one in Numba's cache.
-_WEIGHTS = np.array(list(WEIGHTS.values()))
-# Agrees with no token, not with an empty cell either.
-_NOTHING = EMPTY - 1
+from vllm_lookahead.params import LookaheadParams
 
 
 @kernel
@@ -38,216 +37,215 @@ def _splitmix64(z):
 
 
 @kernel
-def _gumbel_noise(seed, token):
-    """`core.draft.noise.gumbel_noise`."""
+def _noise(seed, token):
+    """`core.draft.noise.cpu_noise`."""
     step = np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15)
     bits = _splitmix64(_splitmix64(np.uint64(seed)) + step) >> np.uint64(11)
     return -math.log(-math.log((np.float64(bits) + 0.5) * 2.0**-53))
 
 
 @kernel
-def _token_at(tokens, table, position, root, at):
-    """Token at a position of the history, of which the root is the last."""
-    if at < 0:
-        return EMPTY
-    if at == position:
-        return root
-    return tokens[table[at // tokens.shape[1]], at % tokens.shape[1]]
+def _hash(h, token):
+    """One more token of a context: `core.draft.index.cell_of`."""
+    mask = np.uint64(0xFFFFFFFF)
+    h = ((h ^ np.uint64(token)) + np.uint64(0x9E3779B9)) * np.uint64(0x85EBCA6B) & mask
+    return h ^ (h >> np.uint64(15))
 
 
 @kernel
-def _count_in(seen, num_seen, token, agreed):
-    """One more entry that goes on with this token; returns how many there are.
-
-    seen: [3, MAX_SEEN] tokens, furthest agreement, count.
-    """
-    for i in range(num_seen):
-        if seen[0, i] == token:
-            seen[1, i] = max(seen[1, i], agreed)
-            seen[2, i] += 1
-            return num_seen
-    at = num_seen
-    if num_seen == seen.shape[1]:
-        at = 0
-        for i in range(1, num_seen):
-            if seen[1, i] <= seen[1, at]:
-                at = i
-        if agreed <= seen[1, at]:
-            return num_seen
-    seen[0, at], seen[1, at], seen[2, at] = token, agreed, 1
-    return max(num_seen, at + 1)
+def _file(cells, context, place):
+    """`Index.file`: a context, nearest token first and EMPTY behind its end."""
+    h, last = np.uint64(0), np.uint64(cells.shape[0] - 1)
+    for i in range(CONTEXT):
+        if context[i] == EMPTY:
+            break
+        h = _hash(h, context[i])
+        cells[h & last] = place
 
 
 @kernel
-def _find_seen(
-    tokens,  # [num_blocks, block_size]
-    ring,  # [num_blocks, ring_size, N+1]
-    ring_count,  # [num_blocks]
-    table,  # [max_blocks]
-    position,
-    root,
-    last,  # token that is looked for
-    suffix,  # [MAX_AGREEMENT] tokens before it, the nearest first
-    seen,  # [3, MAX_SEEN] out
-):
-    """What followed a token in the request's pages, the newest first.
+def _text_context(tokens, ring, table, root, position, place, context):
+    """The context at a place of the text, and what followed it.
 
-    Returns how many distinct tokens, and the one of the latest entry that agrees
-    furthest.
+    A place is a position of the history or, below EMPTY, a token of an n-gram.
     """
     block_size, ring_size, width = tokens.shape[1], ring.shape[1], ring.shape[2]
-    num_seen, latest, most_agreed = 0, EMPTY, -1
-    for block in range((position - 1) // block_size, -1, -1):
-        page, first = table[block], block * block_size
-        length = min(block_size, position - first)
-        num_equal = 0  # compared many at a time; most blocks have none
-        for offset in range(length):
-            num_equal += tokens[page, offset] == last
-        offset = length
-        while num_equal > 0:
-            offset -= 1
-            if tokens[page, offset] != last:
-                continue
-            num_equal -= 1
-            at, agreed = first + offset, 0
-            following = _token_at(tokens, table, position, root, at + 1)
-            if following == EMPTY:
-                continue
-            while agreed < suffix.shape[0]:
-                before = _token_at(tokens, table, position, root, at - 1 - agreed)
-                if before != suffix[agreed]:
-                    break
-                agreed += 1
-            if agreed > most_agreed:
-                latest, most_agreed = following, agreed
-            num_seen = _count_in(seen, num_seen, following, agreed)
-    if ring_size == 0:
-        return num_seen, latest
-    for block in range((position - 1) // block_size, -1, -1):
-        page = table[block]
-        cell = ring_count[page] % ring_size
-        for _ in range(min(ring_count[page], ring_size)):
-            cell = cell - 1 if cell > 0 else ring_size - 1
-            for at in range(1, width - 1):
-                following = ring[page, cell, at + 1]
-                if ring[page, cell, at] != last or following == EMPTY:
-                    continue
-                agreed = 0
-                while agreed < min(suffix.shape[0], at):
-                    if ring[page, cell, at - 1 - agreed] != suffix[agreed]:
-                        break
-                    agreed += 1
-                if agreed > most_agreed:
-                    latest, most_agreed = following, agreed
-                num_seen = _count_in(seen, num_seen, following, agreed)
-    return num_seen, latest
+    context[:] = EMPTY
+    if place >= 0:
+        for i in range(min(CONTEXT, place + 1)):
+            at = place - i
+            context[i] = tokens[table[at // block_size], at % block_size]
+        at = place + 1
+        if at == position:
+            return root
+        return tokens[table[at // block_size], at % block_size]
+    number = -2 - place
+    cell, at = number // width, number % width
+    gram = ring[table[cell // ring_size], cell % ring_size]
+    for i in range(min(CONTEXT, at + 1)):
+        context[i] = gram[at - i]
+    return gram[at + 1]
 
 
 @kernel
-def _rejected_node(tokens, depths, depth, token):
-    """Index of the rejected node at a depth, of this token at best; or EMPTY."""
-    found = EMPTY
-    for i in range(tokens.shape[0]):
-        if depths[i] == depth and tokens[i] != EMPTY:
-            if tokens[i] == token:
-                return i
-            if found == EMPTY:
-                found = i
-    return found
+def _file_text(
+    tokens, ring, ring_count, table, position, root, first_block, context, cells
+):
+    """`core.draft.index.text_index`."""
+    block_size, ring_size, width = tokens.shape[1], ring.shape[1], ring.shape[2]
+    cells[:] = EMPTY
+    if ring_size > 0:
+        for logical in range(first_block, (position + block_size - 1) // block_size):
+            count = ring_count[table[logical]]
+            for order in range(max(0, count - ring_size), count):
+                cell = logical * ring_size + order % ring_size
+                for at in range(1, width - 1):
+                    place = -2 - (cell * width + at)
+                    following = _text_context(
+                        tokens, ring, table, root, position, place, context
+                    )
+                    if following != EMPTY:
+                        _file(cells, context, place)
+    context[:] = EMPTY
+    page = 0
+    for at in range(position):
+        if at % block_size == 0:
+            page = table[at // block_size]
+        for i in range(CONTEXT - 1, 0, -1):
+            context[i] = context[i - 1]
+        context[0] = tokens[page, at % block_size]
+        following = root
+        if at + 1 < position:
+            next_page = table[(at + 1) // block_size]
+            following = tokens[next_page, (at + 1) % block_size]
+        if following != EMPTY:
+            _file(cells, context, at)
 
 
 @kernel
-def _logit_after(bigrams, logits, of, token):
-    """Logit of a token after another; if it is not listed, of the last one that is."""
-    least = 0.0
-    if 0 <= of < bigrams.shape[0]:
-        for i in range(bigrams.shape[1]):
-            if bigrams[of, i] != EMPTY:
-                if bigrams[of, i] == token:
-                    return np.float64(logits[of, i])
-                least = min(least, np.float64(logits[of, i]))
-    return least
+def _file_answers(answers, answer_count, table, first, end, cells):
+    """`core.draft.index.answer_index`; a place is block times A, and a cell."""
+    kept = answers.shape[1]
+    cells[:] = EMPTY
+    for logical in range(first, end):
+        page = table[logical]
+        count = answer_count[page]
+        for order in range(max(0, count - kept), count):
+            cell = order % kept
+            _file(cells, answers[page, cell], logical * kept + cell)
+
+
+@kernel
+def _agrees(one, other, length):
+    agreeing = 0
+    while agreeing < length and one[agreeing] == other[agreeing]:
+        agreeing += 1
+    return agreeing == length
+
+
+@kernel
+def _add(tokens, scores, count, token, score):
+    """More for a token; returns how many there are."""
+    for i in range(count):
+        if tokens[i] == token:
+            scores[i] += score
+            return count
+    tokens[count], scores[count] = token, score
+    return count + 1
 
 
 @kernel
 def _estimate(
-    last,
-    seen,  # [3, MAX_SEEN]
-    num_seen,
-    latest,
-    weights,  # [8] as in WEIGHTS
+    text_tokens,  # [num_blocks, block_size]
+    ring,  # [num_blocks, ring_size, N+1]
+    answers,  # [num_blocks, A, CONTEXT + R]
+    answer_logprobs,  # [num_blocks, A, R]
+    table,  # [max_blocks]
+    position,
+    root,
+    text_cells,
+    answer_cells,
     bigrams,  # [V, R]
-    logits,  # [V, R]
+    bigram_logprobs,  # [V, R]
     temperature,  # 0: without noise
     seed,
-    wrong,  # token of a rejected node, and its answer
-    answer,  # [V] or empty: integers, the upper bits of float32
-    answer_shift,
-    tokens,  # [R + MAX_SEEN] out
-    chances,  # [R + MAX_SEEN] out, their log-probabilities
+    weights,  # [10] as `Weights`
+    floor,
+    context,  # [CONTEXT]
+    filed,  # [CONTEXT] scratch
+    tokens,  # [1 + NUM_ANSWERS + R] out
+    scores,  # [1 + NUM_ANSWERS + R] out, log-probabilities
 ):
-    """Tokens that may follow; returns how many."""
-    of_bigram, of_unlisted, of_agreement, of_latest = weights[:4]
-    of_count, of_rejected, of_noise, of_other = weights[4:]
-    count, least = 0, 0.0
-    if 0 <= last < bigrams.shape[0]:
+    """`core.draft.estimate.Estimator`; returns how many tokens may follow."""
+    hashes, known = np.zeros(CONTEXT, np.uint64), 0
+    h = np.uint64(0)
+    while known < CONTEXT and context[known] != EMPTY:
+        h = _hash(h, context[known])
+        hashes[known] = h
+        known += 1
+    count, last = 0, np.uint64(text_cells.shape[0] - 1)
+    for length in range(known, 0, -1):
+        place = text_cells[hashes[length - 1] & last]
+        if place == EMPTY:
+            continue
+        following = _text_context(
+            text_tokens, ring, table, root, position, place, filed
+        )
+        if _agrees(context, filed, length):
+            count = _add(tokens, scores, count, following, weights[length - 1])
+            break
+    last, kept = np.uint64(answer_cells.shape[0] - 1), answers.shape[1]
+    for length in range(known, 0, -1):
+        place = answer_cells[hashes[length - 1] & last]
+        if place == EMPTY:
+            continue
+        page, cell = table[place // kept], place % kept
+        if _agrees(context, answers[page, cell], length):
+            weight = weights[2 + length]
+            for i in range(NUM_ANSWERS):
+                token = answers[page, cell, CONTEXT + i]
+                if token != EMPTY:
+                    said = np.float64(answer_logprobs[page, cell, i]) - floor
+                    score = weight * max(said, 0.0)
+                    count = _add(tokens, scores, count, token, score)
+            break
+    if 0 <= context[0] < bigrams.shape[0]:
         for i in range(bigrams.shape[1]):
-            if bigrams[last, i] != EMPTY:
-                logit = np.float64(logits[last, i])
-                tokens[count], chances[count] = bigrams[last, i], of_bigram * logit
-                least = min(least, logit)
-                count += 1
-    unlisted = of_bigram * least + of_unlisted if count > 0 else 0.0
-    num_listed = count
-    for i in range(num_seen):
-        at = 0
-        while at < num_listed and tokens[at] != seen[0, i]:
-            at += 1
-        if at == num_listed:
-            at = count
-            tokens[at], chances[at] = seen[0, i], unlisted
-            count += 1
-        # In the reference's order, for equal sums.
-        chances[at] += of_agreement * seen[1, i]
-        if seen[0, i] == latest:
-            chances[at] += of_latest
-        chances[at] += of_count * math.log(1 + 2 * seen[2, i])
-    surprise, most = np.zeros(count), -np.inf
+            token = bigrams[context[0], i]
+            if token != EMPTY:
+                said = np.float64(bigram_logprobs[context[0], i]) - floor
+                score = weights[6] * max(said, 0.0)
+                count = _add(tokens, scores, count, token, score)
+    of_all = np.float64(temperature)
+    other = weights[8] + weights[9] * of_all
+    top = other
     for i in range(count):
-        if tokens[i] < answer.shape[0]:
-            bits = np.uint32(answer[tokens[i]]) << np.uint32(answer_shift)
-            said = np.float64(np.uint32(bits).view(np.float32))
-            surprise[i] = said - _logit_after(bigrams, logits, wrong, tokens[i])
-        most = max(most, surprise[i])
-    top = -np.inf
-    for i in range(count):
-        chances[i] += of_rejected * (surprise[i] - most)
         if temperature > 0:
-            noise = _gumbel_noise(seed, tokens[i])
-            chances[i] += of_noise * (np.float64(temperature) * noise)
-        top = max(top, chances[i])
+            scores[i] += weights[7] * of_all * _noise(seed, tokens[i])
+        top = max(top, scores[i])
     total = 0.0
     for i in range(count):
-        total += math.exp(chances[i] - top)
-    total = math.exp(of_other * np.float64(temperature) - top) + total
+        total += math.exp(scores[i] - top)
+    log_total = math.log(math.exp(other - top) + total)
     for i in range(count):
-        chances[i] = chances[i] - top - math.log(total)
+        scores[i] = scores[i] - top - log_total
     return count
 
 
 @kernel
-def _suffix_of(node, nodes, parents, tokens, table, position, root, suffix):
-    """The tokens before a node of the tree, the nearest first."""
-    at = position
-    for i in range(suffix.shape[0]):
-        if node > 0:
-            node = parents[node]
-            suffix[i] = nodes[node]
-        else:
-            at -= 1
-            suffix[i] = _token_at(tokens, table, position, root, at)
-        if suffix[i] == EMPTY:
-            suffix[i] = _NOTHING
+def _insert(chances, tokens, parents, first, count, most, chance, token, parent):
+    """Into a list in falling order, of which the best are kept; returns its length."""
+    if count == most:
+        if count == 0 or chance <= chances[first + count - 1]:
+            return count
+        count -= 1
+    at = first + count
+    while at > first and chances[at - 1] < chance:
+        chances[at], tokens[at] = chances[at - 1], tokens[at - 1]
+        parents[at] = parents[at - 1]
+        at -= 1
+    chances[at], tokens[at], parents[at] = chance, token, parent
+    return count + 1
 
 
 @kernel
@@ -287,11 +285,14 @@ def _add_window(
 
 
 @kernel
-def _grow_kernel(
+def _draft_kernel(
     tokens,  # [num_blocks, block_size] int32
     ring,  # [num_blocks, ring_size, N+1] int32
     ring_count,  # [num_blocks] int32
     window,  # [num_blocks, N-1, W] int32
+    answers,  # [num_blocks, A, CONTEXT + R] int32
+    answer_logprobs,  # [num_blocks, A, R] float32
+    answer_count,  # [num_blocks] int32
     block_table,  # [B, max_blocks] int32
     position,  # [B] int32
     root,  # [B] int32
@@ -300,114 +301,135 @@ def _grow_kernel(
     verification_set_size,  # [B] int32
     max_nodes,  # [B] int32
     bigrams,  # [V, R] int32
-    logits,  # [V, R] float32
+    bigram_logprobs,  # [V, R] float32
     temperature,  # [B] float32
     seeds,  # [B, N-1] int64
-    rejected_tokens,  # [B, S] int32
-    rejected_depths,  # [B, S] int32
-    rejected_rows,  # [B, S] int64
-    answers,  # [n, V] uint16 or uint32: the upper bits of float32
-    answer_shift,
-    weights,  # [8] float64
+    weights,  # [10] float64
+    most_candidates,  # G of the server
+    floor,  # constants are arguments: a change would not reach a cached kernel
+    beam,
     least,
+    num_text_cells,
+    num_answer_cells,
+    recent,  # blocks whose n-grams and answers are read
     columns,  # [4, B, T] int32 out: tokens, parents, depths, kinds
     num_nodes,  # [B] int32 out
-    expected,  # [B] float64 out
+    chances,  # [B, T] float32 out
 ):
-    size, most_next = columns.shape[2], bigrams.shape[1] + MAX_SEEN
-    suffix, seen = np.empty(MAX_AGREEMENT, np.int32), np.empty((3, MAX_SEEN), np.int64)
+    size, most_next = columns.shape[2], 1 + NUM_ANSWERS + bigrams.shape[1]
+    block_size = tokens.shape[1]
+    text_cells = np.empty(num_text_cells, np.int32)
+    answer_cells = np.empty(num_answer_cells, np.int32)
     next_tokens, next_chances = np.empty(most_next, np.int32), np.empty(most_next)
-    chances, is_parent = np.empty(size), np.empty(size, np.bool_)
-    waiting = np.empty((2, size * most_next), np.int32)  # token, parent
-    waiting_chances = np.empty(size * most_next)
-    no_answer = np.empty(0, answers.dtype)
-    log_least = math.log(least)
+    # Of all nodes grown, level by level; the root first.
+    grown_tokens, grown_parents = np.empty(size, np.int32), np.empty(size, np.int32)
+    grown_depths, grown_chances = np.empty(size, np.int32), np.empty(size)
+    contexts, filed = np.empty((size, CONTEXT), np.int32), np.empty(CONTEXT, np.int32)
+    place = np.empty(size, np.int32)
+    log_least = math.log(least) if least > 0 else -np.inf
     for b in range(position.shape[0]):
-        table, p, depth = block_table[b], position[b], ngram_size[b] - 1
+        table, p, levels = block_table[b], position[b], ngram_size[b] - 1
         out_tokens, parents, depths = columns[0, b], columns[1, b], columns[2, b]
         kinds = columns[3, b]
-        columns[:, b] = EMPTY
-        depths[:], kinds[:], is_parent[:] = 0, ROOT, False
-        out_tokens[0], chances[0], is_parent[0] = root[b], 0.0, True
-        leaves = verification_set_size[b]
-        most = min(max_nodes[b], 1 + leaves * depth)
-        node, num_leaves, num_waiting = 1, 0, 0
-        expected[b] = 0.0
-        while node < most:
-            parent = node - 1
-            if depths[parent] < depth:
-                last = out_tokens[parent]
-                _suffix_of(
-                    parent, out_tokens, parents, tokens, table, p, root[b], suffix
-                )
-                num_seen, latest = _find_seen(
-                    tokens, ring, ring_count, table, p, root[b], last, suffix, seen
-                )
-                at = _rejected_node(
-                    rejected_tokens[b], rejected_depths[b], depths[parent], last
-                )
-                wrong, answer = EMPTY, no_answer
-                if at != EMPTY:
-                    wrong = rejected_tokens[b, at]
-                    answer = answers[rejected_rows[b, at]]
-                count = _estimate(
-                    last, seen, num_seen, latest, weights, bigrams, logits,
-                    temperature[b], seeds[b, depths[parent]], wrong, answer,
-                    answer_shift, next_tokens, next_chances,
-                )  # fmt: skip
-                for i in range(count):
-                    chance = chances[parent] + next_chances[i]
-                    if chance >= log_least:
-                        waiting[0, num_waiting] = next_tokens[i]
-                        waiting[1, num_waiting] = parent
-                        waiting_chances[num_waiting] = chance
-                        num_waiting += 1
-            # A child of a leaf is the leaf that its parent was.
-            best, best_chance = -1, -np.inf
-            for i in range(num_waiting):
-                may_grow = num_leaves < leaves or not is_parent[waiting[1, i]]
-                if may_grow and waiting_chances[i] > best_chance:
-                    best, best_chance = i, waiting_chances[i]
-            if best < 0:
-                break
-            parent = waiting[1, best]
-            num_leaves += is_parent[parent]
-            is_parent[parent] = True
-            out_tokens[node], chances[node] = waiting[0, best], best_chance
-            parents[node], depths[node] = parent, depths[parent] + 1
-            kinds[node] = CANDIDATE
-            expected[b] += math.exp(best_chance)
-            waiting_chances[best] = -np.inf
-            node += 1
+        columns[:, b], chances[b] = EMPTY, 0.0
+        depths[:], kinds[:] = 0, ROOT
+        out_tokens[0] = root[b]
+        most, node = min(verification_set_size[b], most_candidates), 1
+        if most > 0 and max_nodes[b] > 1 and log_least < 0:
+            end = (p + block_size - 1) // block_size
+            first_block = max(0, end - recent)
+            _file_text(
+                tokens, ring, ring_count, table, p, root[b], first_block, filed,
+                text_cells,
+            )  # fmt: skip
+            _file_answers(answers, answer_count, table, first_block, end, answer_cells)
+            contexts[0] = EMPTY
+            contexts[0, 0] = root[b]
+            for i in range(1, min(CONTEXT, p + 1)):
+                at = p - i
+                contexts[0, i] = tokens[table[at // block_size], at % block_size]
+            grown_chances[0], grown_depths[0], grown_parents[0] = 0.0, 0, EMPTY
+            first, count, num_grown = 0, 1, 1
+            for level in range(levels):
+                num_children = 0
+                for parent in range(first, first + min(count, beam)):
+                    num_next = _estimate(
+                        tokens, ring, answers, answer_logprobs, table, p, root[b],
+                        text_cells, answer_cells, bigrams, bigram_logprobs,
+                        temperature[b], seeds[b, level], weights, floor,
+                        contexts[parent], filed, next_tokens, next_chances,
+                    )  # fmt: skip
+                    for i in range(num_next):
+                        chance = grown_chances[parent] + next_chances[i]
+                        if chance >= log_least:
+                            num_children = _insert(
+                                grown_chances, grown_tokens, grown_parents, num_grown,
+                                num_children, most, chance, next_tokens[i], parent,
+                            )  # fmt: skip
+                first, count = num_grown, num_children
+                for child in range(first, first + count):
+                    parent = grown_parents[child]
+                    grown_depths[child] = level + 1
+                    contexts[child, 0] = grown_tokens[child]
+                    contexts[child, 1:] = contexts[parent, :-1]
+                num_grown += count
+            order = np.argsort(-grown_chances[1:num_grown], kind="mergesort")
+            place[0] = 0
+            for i in range(min(len(order), max_nodes[b] - 1)):
+                grown = 1 + order[i]
+                place[grown] = node
+                out_tokens[node], kinds[node] = grown_tokens[grown], CANDIDATE
+                parents[node] = place[grown_parents[grown]]
+                depths[node] = grown_depths[grown]
+                chances[b, node] = math.exp(grown_chances[grown])
+                node += 1
         if window_size[b] > 0:
-            tail = table[(p - 1) // tokens.shape[1]]
+            tail = table[max(p - 1, 0) // block_size]
             node = _add_window(
-                tokens, window[tail], table, p, window_size[b], depth, node,
+                tokens, window[tail], table, p, window_size[b], levels, node,
                 max_nodes[b], out_tokens, parents, depths, kinds,
             )  # fmt: skip
         num_nodes[b] = node
 
 
-def grow(
-    pages: BlockPages, batch: RequestBatch, hints: Hints, least: float
+def draft(
+    pages: BlockPages,
+    batch: RequestBatch,
+    hints: Hints,
+    max_candidates: int,
+    weights: Weights = WEIGHTS,
 ) -> tuple[DraftTree, torch.Tensor]:
-    """`core.draft.best_first.grow`."""
-    num_requests, (_, num_rows, num_columns) = len(batch.root), pages.window.shape
-    leaves = array(batch.verification_set_size, torch.int32)
-    most = int(leaves.max()) * num_rows if num_requests else 0
-    size = 1 + most + max(0, num_columns * num_rows - 1)
+    """`core.draft.grow.draft`, of the noise that vLLM's CPU sampler adds.
+
+    Raises:
+        ValueError: noise of another sampler.
+    """
+    if hints.noise is not cpu_noise:
+        raise ValueError(f"noise is {hints.noise}; the kernel knows that of a CPU only")
+    num_requests, (_, rows, width) = len(batch.root), pages.window.shape
+    size = LookaheadParams(width, rows + 1, max_candidates).max_tree_size
     columns = np.empty((4, num_requests, size), np.int32)
     num_nodes = np.empty(num_requests, np.int32)
-    expected = np.empty(num_requests)
-    _grow_kernel(
+    chances = np.empty((num_requests, size), np.float32)
+    _draft_kernel(
         *page_arrays(pages),
         *batch_arrays(batch),
-        *hints_arrays(hints),
-        _WEIGHTS,
-        least,
+        array(hints.bigrams, torch.int32),
+        array(hints.bigram_logprobs, torch.float32),
+        array(hints.temperature, torch.float32),
+        array(hints.seeds, torch.int64),
+        np.array([*weights.text, *weights.answer, weights.bigram, weights.noise,
+                  *weights.other]),
+        max_candidates,
+        FLOOR,
+        BEAM,
+        hints.least,
+        num_cells(batch.block_table.shape[1] * pages.block_size),
+        num_answer_cells(pages, batch.block_table.shape[1]),
+        num_recent_blocks(pages.block_size),
         columns,
         num_nodes,
-        expected,
-    )
+        chances,
+    )  # fmt: skip
     tree = DraftTree(*map(torch.from_numpy, (*columns, num_nodes)))
-    return tree, torch.from_numpy(expected)
+    return tree, torch.from_numpy(chances)

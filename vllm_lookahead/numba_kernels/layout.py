@@ -10,31 +10,25 @@ from vllm_lookahead.core.tree import CANDIDATE, WINDOW, DraftTree
 from vllm_lookahead.numba_kernels.jit import kernel
 
 # Columns of what `size_trees` reads.
-INDEX, NARROW, POSITION, W, N, G = range(6)
+INDEX, POSITION, W, N, G, MOST = range(6)
 
 
 @kernel
 def size_trees(
-    requests,  # [b, 6] int64: request index, 1 + placeholders, p, W_r, N_r, G_r
-    reserved,  # slots for draft tokens beyond N-1
+    requests,  # [b, 6] int64: request index, p, W_r, N_r, G_r, most nodes
     max_model_len,
-    spare,  # input slots that the step leaves free
     plain,  # whether every tree is its root
 ):
     """W, N, G and the most nodes of each tree: [4, b] int32."""
     num_trees = requests.shape[0]
     sizes = np.empty((4, num_trees), np.int32)
     for b in range(num_trees):
-        narrow, room = requests[b, NARROW], max_model_len - requests[b, POSITION]
-        max_nodes = min(narrow + reserved, room, narrow + spare // num_trees)
+        room = max_model_len - requests[b, POSITION]
         # A token may be emitted at every position up to max_model_len - 1.
         n = min(requests[b, N], room - 1)
-        # Fewer placeholders than N-1: no more may come out than those and one.
-        if narrow < n:
-            max_nodes = min(max_nodes, narrow)
         sizes[0, b], sizes[2, b] = requests[b, W], requests[b, G]
         sizes[1, b] = max(n, 2)
-        sizes[3, b] = 1 if plain or n < 2 else max_nodes
+        sizes[3, b] = 1 if plain or n < 2 else min(requests[b, MOST], room)
     return sizes
 
 

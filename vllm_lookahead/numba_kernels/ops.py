@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.best_first import Hints, Rejected
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.numba_kernels import (
+    answers,
     attention,
     compact,
     draft,
@@ -18,6 +21,7 @@ from vllm_lookahead.numba_kernels import (
     verify,
     write,
 )
+from vllm_lookahead.numba_kernels.answers import likeliest_tokens
 from vllm_lookahead.numba_kernels.layout import INDEX, feed_trees, lay_out, size_trees
 from vllm_lookahead.numba_kernels.walk import Walk
 from vllm_lookahead.params import LookaheadParams
@@ -27,11 +31,12 @@ class NumbaOps:
     """On CPU tensors, with the results of `core.reference`."""
 
     write_tokens = staticmethod(write.write_tokens)
-    grow = staticmethod(draft.grow)
+    draft = staticmethod(draft.draft)
     ancestors = staticmethod(mask.ancestors)
     verify = staticmethod(verify.verify)
     compact = staticmethod(compact.compact)
     update = staticmethod(update.update)
+    keep_answers = staticmethod(answers.keep_answers)
 
 
 def warm_up(
@@ -63,14 +68,13 @@ def warm_up(
     ops.write_tokens(pages, torch.tensor([0, 1]), torch.tensor([0, 0]))
     hints = Hints(
         bigrams=one(0)[:0, None],
-        bigram_logits=torch.zeros(0, 0),
+        bigram_logprobs=torch.zeros(0, 0),
         temperature=torch.zeros(1),
         seeds=torch.zeros(1, params.ngram_size - 1, dtype=torch.int64),
-        rejected=Rejected.none(1),
+        noise=cpu_noise,
+        least=0.5,
     )
-    for dtype in (torch.bfloat16, torch.float32):
-        hints.rejected.logits = torch.zeros(0, 0, dtype=dtype)
-        tree, _ = ops.grow(pages, batch, hints, 0.5)
+    tree, _ = ops.draft(pages, batch, hints, params.verification_set_size)
     tree_rows = attention.TreeRows(
         np.zeros(1, np.int64),
         tree.num_nodes.numpy(),
@@ -89,9 +93,12 @@ def warm_up(
     slot = np.zeros((2, 1), np.int64)
     compact.move_slots(caches, *slot)
     ops.update(pages, batch, tree, tree.tokens, verdict)
+    for dtype in (torch.bfloat16, torch.float32):
+        said = likeliest_tokens(torch.zeros(size, 2, dtype=dtype))
+        ops.keep_answers(pages, batch, tree, verdict, Answers(*said, one(0)))
     own = params.window_size, params.ngram_size, params.verification_set_size
-    requests = np.array([(0, params.ngram_size, 1, *own)])
-    size_trees(requests, 0, block_size, block_size, False)
+    requests = np.array([(0, 1, *own, params.max_tree_size)])
+    size_trees(requests, block_size, False)
     indices = requests[:, INDEX].copy()
     flat = lay_out(tree, batch, indices, np.ones(1, np.int64), block_size)
     Walk(tree, indices, flat, params.ngram_size).advance(np.zeros(1, np.int64))

@@ -14,10 +14,11 @@ from vllm_lookahead.numba_kernels.jit import kernel
 # As in write.py: a kernel in Numba's cache must not call another file's, whose changes
 # would go unnoticed.
 @kernel
-def _write_token(tokens, ring, ring_count, window, block, offset, token):
+def _write_token(tokens, ring, ring_count, window, answer_count, block, offset, token):
     tokens[block, offset] = token
     if offset == 0:  # a new owner: nothing of the previous one remains
         ring[block], ring_count[block], window[block] = EMPTY, 0, EMPTY
+        answer_count[block] = 0
 
 
 @kernel
@@ -62,6 +63,7 @@ def _update_kernel(
     ring,  # [num_blocks, ring_size, N+1] int32
     ring_count,  # [num_blocks] int32
     window,  # [num_blocks, N-1, W] int32
+    answer_count,  # [num_blocks] int32
     block_table,  # [B, max_blocks] int32
     position,  # [B] int32
     window_size,  # [B] int32
@@ -79,7 +81,10 @@ def _update_kernel(
         # The last token emitted is the next root: its K/V is not computed yet.
         for i in range(num_emitted[b] - 1):
             block, offset = _slot(table, p + 1 + i, block_size)
-            _write_token(tokens, ring, ring_count, window, block, offset, emitted[b, i])
+            _write_token(
+                tokens, ring, ring_count, window, answer_count, block, offset,
+                emitted[b, i],
+            )  # fmt: skip
 
         width, rows = window_size[b], ngram_size[b] - 1
         num_fed = 0  # cells of the window, all but the root's
@@ -107,8 +112,10 @@ def update(
     verdict: Verdict,
 ) -> None:
     """`core.update.update`."""
+    *known, _, _, answer_count = page_arrays(pages)
     _update_kernel(
-        *page_arrays(pages),
+        *known,
+        answer_count,
         array(batch.block_table, torch.int32),
         array(batch.position, torch.int32),
         array(batch.window_size, torch.int32),

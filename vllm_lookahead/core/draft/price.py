@@ -6,7 +6,7 @@ accepted, and an accepted one must be sampled. With t the time that steps take n
 the tokens they emit, c the time one more token takes and d that of one more emitted,
 drafting a token that is accepted with probability v raises E / t only if
 v / (c + v * d) > E / t. All are measured while serving: c and d by regression of step
-time, and v by what the chances that `best_first.grow` gives have come to. So trees
+time, and v by what the chances that `draft` gives have come to. So trees
 shrink, to nothing if need be, as batches grow.
 """
 
@@ -20,7 +20,7 @@ _PRIOR_PROMISED, _PRIOR_KEPT = 20.0, 15.0
 # whose number of tokens is one off the mean.
 _PRIOR_COSTS, _PRIOR_STEPS = np.array([0.03, 0.0]), 20.0
 _MIN_COSTS = np.array([0.002, 0.0])
-# Trees are searched node by node: there is an end to it where tokens are free.
+# There is an end to it where tokens are free.
 _LEAST = 0.005
 # Steps after which an observation counts half as much as a new one.
 _HALF_LIFE = 500

@@ -22,7 +22,8 @@ logger = init_logger("vllm.lookahead")
 HELP = {
     "window_size": "W, columns of the Jacobi window; 0 for none.",
     "ngram_size": "N; at most N tokens are generated per step.",
-    "verification_set_size": "G, most candidate n-grams verified per step.",
+    "verification_set_size": "G, most candidates of one depth of a draft tree.",
+    "node_budget": "Most tokens fed per step and request.",
 }
 
 

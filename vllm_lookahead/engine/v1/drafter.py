@@ -11,15 +11,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.best_first import Hints
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.draft.price import DraftSizePolicy
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
-from vllm_lookahead.engine.v1.trees import StepTrees, rejected_nodes
+from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.layout import (
     INDEX,
-    NARROW,
     POSITION,
     lay_out,
     size_trees,
@@ -36,7 +36,7 @@ class TreeDrafter:
         sizes: those of each request that drafts.
         bigrams: [V, R] int32, see `core.draft.bigrams`; V is 0 before the model was
             asked.
-        bigram_logits: [V, R] float32 of them.
+        bigram_logprobs: [V, R] float32 of them.
         policy: how likely a node must be to be worth its time.
     """
 
@@ -44,7 +44,7 @@ class TreeDrafter:
         self.server, self.ops = server, ops
         self.sizes: dict[str, LookaheadParams] = {}
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
-        self.bigram_logits = torch.zeros(0, 0)
+        self.bigram_logprobs = torch.zeros(0, 0)
         self.policy = DraftSizePolicy()
         self._step_start = time.perf_counter()
 
@@ -78,27 +78,18 @@ class TreeDrafter:
         runner: CPUModelRunner,
         output: LookaheadSchedulerOutput,
         pages: BlockPages,
-        last: StepTrees | None,
     ) -> StepTrees:
         """Draft for every request with placeholders, and widen `output` to match.
 
         Args:
             runner: vLLM's, between two steps.
             output: the scheduler's, of the step to come.
-            pages: where the requests' n-grams are.
-            last: the trees of the last step.
+            pages: what is known of the requests' texts.
         """
         inputs = runner.input_batch
         ids, table = self._wanted(output, inputs)
-        w, n, g, max_nodes = size_trees(
-            table,
-            max(0, self.server.max_tree_size - self.server.ngram_size),
-            runner.max_model_len,
-            max(0, runner.max_num_tokens - output.total_num_scheduled_tokens),
-            needs_plain_rows(inputs.sampling_metadata),
-        )
-        cramped = [request_id in output.cramped for request_id in ids]
-        max_nodes[cramped] = np.minimum(max_nodes, table[:, NARROW])[cramped]
+        plain = needs_plain_rows(inputs.sampling_metadata)
+        w, n, g, max_nodes = size_trees(table, runner.max_model_len, plain)
         # Contiguous, for kernels are compiled by layout.
         requests, position = table[:, INDEX].copy(), table[:, POSITION]
         # The tree's own slots included: accepted nodes move out of them.
@@ -109,12 +100,13 @@ class TreeDrafter:
         batch = RequestBatch(*map(torch.from_numpy, columns))
         hints = Hints(
             self.bigrams,
-            self.bigram_logits,
+            self.bigram_logprobs,
             *upcoming_noise(runner, requests, self.server.ngram_size - 1),
-            rejected_nodes(last, ids),
+            cpu_noise,
+            float(self.policy.least),
         )
-        least = float(self.policy.least)
-        tree, expected = self.ops.grow(pages, batch, hints, least)
+        most = self.server.verification_set_size
+        tree, chances = self.ops.draft(pages, batch, hints, most)
 
         scheduled = output.num_scheduled_tokens
         placeholders = output.scheduled_spec_decode_tokens
@@ -126,7 +118,7 @@ class TreeDrafter:
             # vLLM counts a request's logits rows by its drafts.
             placeholders[ids[b]] = [0] * (num_logits[b] - 1)
         output.total_num_scheduled_tokens = int(flat.start[-1])
-        return StepTrees(ids, requests, batch, tree, flat, float(expected.sum()))
+        return StepTrees(ids, requests, batch, tree, flat, float(chances.sum()))
 
     def _wanted(
         self, output: LookaheadSchedulerOutput, inputs: Any
@@ -138,8 +130,8 @@ class TreeDrafter:
         for i, request_id in enumerate(inputs.req_ids):
             if request_id in placeholders:
                 own = self.sizes[request_id]
-                narrow = 1 + len(placeholders[request_id])
-                sizes = own.window_size, own.ngram_size, own.verification_set_size
+                sizes = own.fed_window_size, own.ngram_size, own.verification_set_size
                 ids.append(request_id)
-                table.append((i, narrow, num_computed[i], *sizes))
+                most = output.max_nodes[request_id]
+                table.append((i, num_computed[i], *sizes, most))
         return ids, np.array(table, dtype=np.int64)

@@ -46,7 +46,6 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         tree_drafter: what drafts are made of.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
-        last_step: those of the step before.
         feeds_alone: whether a step of trees alone needs nothing of vLLM's inputs.
     """
 
@@ -67,7 +66,6 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.tree_drafter = TreeDrafter(params, self.ops)
         self.slot_views: list[torch.Tensor] = []
         self.step: StepTrees | None = None
-        self.last_step: StepTrees | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
         self.feeds_alone = False
 
@@ -102,7 +100,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         if self.params.verification_set_size:
             tables = ask_model(self.model, self.vllm_config, self.device)
             if tables is not None:
-                self.tree_drafter.bigrams, self.tree_drafter.bigram_logits = tables
+                self.tree_drafter.bigrams, self.tree_drafter.bigram_logprobs = tables
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
@@ -119,7 +117,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             ),
         )
         self.tree_drafter.start_step(self.step)
-        self.last_step, self.step = self.step, None
+        self.step = None
         output = super().execute_model(scheduler_output, *args, **kwargs)
         may_sample = not scheduler_output.has_structured_output_requests
         if output is None and may_sample and not self.is_scheduled_ahead:
@@ -148,9 +146,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         for request in scheduler_output.scheduled_new_reqs:
             self.tree_drafter.add_request(request.req_id, request.sampling_params)
         if scheduler_output.scheduled_spec_decode_tokens:
-            self.step = self.tree_drafter.draft(
-                self, scheduler_output, self.pages, self.last_step
-            )
+            self.step = self.tree_drafter.draft(self, scheduler_output, self.pages)
         return result
 
     def _lone_step(self) -> StepTrees | None:
@@ -222,7 +218,10 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         if self.slot_views:
             self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
         self.ops.update(self.pages, batch, tree, sampled, verdict)
-        self.step.finish(logits, verdict)
+        if self.params.verification_set_size:
+            answers = self.step.answers(logits)
+            self.ops.keep_answers(self.pages, batch, tree, verdict, answers)
+        self.step.verdict = verdict
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:

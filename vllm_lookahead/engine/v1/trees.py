@@ -8,11 +8,11 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.best_first import Rejected
-from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
+from vllm_lookahead.numba_kernels.answers import likeliest_tokens
 from vllm_lookahead.numba_kernels.attention import TreeRows
 from vllm_lookahead.numba_kernels.layout import FlatTrees, feed_trees
 from vllm_lookahead.numba_kernels.mask import ancestors
@@ -29,7 +29,6 @@ class StepTrees:
         flat: where they lie in the runner's batch.
         promised: drafts that will be accepted, going by their chances.
         verdict: of the trees, once sampled.
-        rejected: of their nodes, once sampled.
     """
 
     request_ids: list[str]
@@ -39,7 +38,6 @@ class StepTrees:
     flat: FlatTrees
     promised: float
     verdict: Verdict | None = None
-    rejected: Rejected | None = None
 
     @property
     def num_requests(self) -> int:
@@ -120,35 +118,15 @@ class StepTrees:
             self.only_decodes,
         )
 
-    def finish(self, logits: torch.Tensor, verdict: Verdict) -> None:
-        """Keep what the next step's drafts may learn from.
+    def answers(self, logits: torch.Tensor) -> Answers:
+        """What the model says after each node.
 
         Args:
             logits: [rows, vocab_size], laid out as `flat.logits_indices`.
-            verdict: what was accepted.
         """
-        self.verdict = verdict
-        row_of_node = torch.from_numpy(self.flat.logits_node)
-        self.rejected = Rejected.of(self.tree, verdict.num_emitted, row_of_node, logits)
+        first_row = torch.from_numpy(self.flat.logits_start[self.requests])
+        return Answers(*likeliest_tokens(logits), first_row.int())
 
     def num_draft_tokens(self) -> dict[str, int]:
         """Longest candidate of each request: what vLLM's metrics call its drafts."""
         return dict(zip(self.request_ids, self.flat.longest.tolist(), strict=True))
-
-
-def rejected_nodes(step: StepTrees | None, request_ids: list[str]) -> Rejected:
-    """What the last step computed beyond what it accepted.
-
-    Args:
-        step: the last one, None if it had no trees.
-        request_ids: [B] whose drafts are wanted.
-    """
-    if step is None or step.rejected is None:
-        return Rejected.none(len(request_ids))
-    if step.request_ids == request_ids:
-        return step.rejected
-    places = {request_id: b for b, request_id in enumerate(step.request_ids)}
-    at = torch.tensor([places.get(request_id, -1) for request_id in request_ids])
-    nodes = step.rejected
-    tokens = nodes.tokens[at].masked_fill(at[:, None] < 0, EMPTY)
-    return Rejected(tokens, nodes.depths[at], nodes.rows[at], nodes.logits)

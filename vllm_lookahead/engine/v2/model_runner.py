@@ -26,7 +26,6 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.page_memory import announce, page_share
-from vllm_lookahead.engine.shares import tree_budget
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v2.attention import (
     attention_layers,
@@ -51,6 +50,9 @@ else:
 
 logger = init_logger("vllm.lookahead")
 
+# Tokens by which vLLM's block tables may be wider than a model's length.
+TABLE_SLACK = 1024
+
 
 class LookaheadModelRunner(BaseModelRunner):
     cudagraph_manager: Any
@@ -64,11 +66,17 @@ class LookaheadModelRunner(BaseModelRunner):
         self.sizes = RequestSizes(self.max_num_reqs, params)
         self.waiting = WaitingTrees(self.max_num_reqs, size, device)
         self.step = StepTrees(self.max_num_reqs, self.max_num_tokens, params, device)
-        self.ops = TritonOps(params, self.max_num_reqs, device)
+        self.ops = TritonOps(
+            params,
+            self.max_num_reqs,
+            device,
+            max_rows=self.step.max_rows,
+            max_tokens=self.max_model_len + TABLE_SLACK,
+        )
         self.speculator = LookaheadSpeculator(
             self, self.step, self.waiting, self.ops, params
         )
-        self.tree_sampler = TreeSampler(self, self.step, self.ops, params.ngram_size)
+        self.tree_sampler = TreeSampler(self, self.step, self.ops, params)
         self.drafted: Drafted | None = None  # of the step that is sampled
         self.pages: BlockPages
         self.slot_views: list[torch.Tensor]
@@ -140,7 +148,7 @@ class LookaheadModelRunner(BaseModelRunner):
     def ask_model(self) -> None:
         if self.lookahead.verification_set_size:
             tables = ask_model(self.model, self.vllm_config, self.device)
-            self.speculator.bigrams = None if tables is None else tables[0]
+            self.speculator.bigrams = tables or self.speculator.bigrams
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
@@ -176,22 +184,16 @@ class LookaheadModelRunner(BaseModelRunner):
         index = self.req_states.req_id_to_index
         cached = narrow.scheduled_cached_reqs
         # vLLM's warm-up does without our scheduler.
-        budget = tree_budget(self.lookahead.max_tree_size, self.max_num_tokens)
-        share = getattr(narrow, "most_nodes", budget // len(drafts))
-        cramped = getattr(narrow, "cramped", ())
-        spare = self.max_num_tokens - narrow.total_num_scheduled_tokens
+        max_nodes = getattr(
+            narrow, "max_nodes", {r: 1 + len(d) for r, d in drafts.items()}
+        )
         for req_id, computed in zip(
             cached.req_ids, cached.num_computed_tokens, strict=True
         ):
             if placeholders := drafts.get(req_id):
-                num_drafts = len(placeholders)
-                room = self.max_model_len - computed
-                most = min(share, room, 1 + num_drafts + spare)
-                if req_id in cramped:
-                    most = min(most, 1 + num_drafts)
-                nodes = self.sizes.num_nodes(index[req_id], num_drafts, most)
+                most = min(max_nodes[req_id], self.max_model_len - computed)
+                nodes = self.sizes.num_nodes(index[req_id], most)
                 num_tokens[req_id] = nodes
-                spare -= nodes - 1 - num_drafts
                 if nodes > 1:
                     wide[req_id] = placeholders[: nodes - 1]
         # vLLM pads the last prompt token of a request with drafts that nobody made.
@@ -264,16 +266,16 @@ class LookaheadModelRunner(BaseModelRunner):
             self.main_stream,
             self.output_copy_stream,
         )
-        output, verdict = self.tree_sampler.sample(
+        output, verdict, answers = self.tree_sampler.sample(
             hidden_states, input_batch, grammar_output
         )
         batch = step.plan.batch(
             self.block_tables.input_block_tables[0], step.position[:d], step.root[:d]
         )
         self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
-        self.ops.update(
-            self.pages, batch, step.trees(d), step.sampled_tokens(d), verdict
-        )
+        trees = step.trees(d)
+        self.ops.update(self.pages, batch, trees, step.sampled_tokens(d), verdict)
+        self.ops.keep_answers(self.pages, batch, trees, verdict, answers)
         return output, output.num_sampled, output.num_rejected
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

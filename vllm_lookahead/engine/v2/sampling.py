@@ -22,9 +22,11 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.penalties import use_penalty
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.engine.v2.grammar import apply_grammar, forbid_drafts
 from vllm_lookahead.engine.v2.trees import StepTrees
+from vllm_lookahead.params import LookaheadParams
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
 
@@ -56,15 +58,19 @@ class TreeSampler:
         runner: vLLM's, for its model, sampler, adapters and grammars.
         step: the trees.
         ops: to walk them with.
-        ngram_size: N of the server.
+        params: the server's sizes.
         max_chunk_rows: most rows of logits at once.
     """
 
     def __init__(
-        self, runner: GPUModelRunner, step: StepTrees, ops: TritonOps, ngram_size: int
+        self,
+        runner: GPUModelRunner,
+        step: StepTrees,
+        ops: TritonOps,
+        params: LookaheadParams,
     ) -> None:
         self.runner: Any = runner
-        self.step, self.ops, self.ngram_size = step, ops, ngram_size
+        self.step, self.ops, self.params = step, ops, params
         self.max_chunk_rows = get_max_chunk_logits(runner.vocab_size)
 
     def sample(
@@ -72,7 +78,7 @@ class TreeSampler:
         hidden_states: torch.Tensor,
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
-    ) -> tuple[SamplerOutput, Verdict]:
+    ) -> tuple[SamplerOutput, Verdict, Answers]:
         """Sample every request of the step.
 
         Args:
@@ -84,6 +90,7 @@ class TreeSampler:
         Returns:
             output: tokens as [B, N] int64, `num_sampled` of them good.
             verdict: of the trees, the first of the batch.
+            answers: the likeliest tokens after each of their nodes.
         """
         plan = self.step.plan
         if grammar_output is not None:
@@ -123,9 +130,10 @@ class TreeSampler:
             verdict.tokens.long(), logprobs, num_nans, num_sampled, num_rejected
         )
         d = plan.num_trees
-        return output, Verdict(
-            verdict.tokens[:d], verdict.path[:d], verdict.num_emitted[:d]
-        )
+        verdict = Verdict(verdict.tokens[:d], verdict.path[:d], verdict.num_emitted[:d])
+        num_rows = int(plan.cu_verified_np[d])
+        tokens, logprobs = self.ops.kept_likeliest(num_rows)
+        return output, verdict, Answers(tokens, logprobs, plan.cu_verified[:d])
 
     def _sample_requests(
         self,
@@ -159,6 +167,8 @@ class TreeSampler:
             refill = logits[num_rows:].argmax(-1)
             step.sampled.index_copy_(0, step.row_node[window], refill)
             logits = logits[:num_rows]
+        if self.params.verification_set_size:
+            self.ops.likeliest_tokens(logits, lo)
         if grammar_output is not None:
             apply_grammar(
                 self.runner.structured_outputs_worker,
@@ -190,7 +200,7 @@ class TreeSampler:
         verdict = self.ops.verify(
             step.trees(end, first),
             step.sampled_tokens(end, first),
-            self.ngram_size,
+            self.params.ngram_size,
         )
         logprobs = None
         if logprobs_dims is not None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each running request asked for, by request index, on the host."""
 
+from dataclasses import replace
+
 import numpy as np
 from vllm.sampling_params import SamplingParams
 
@@ -16,7 +18,7 @@ class RequestSizes:
     Attributes:
         server: the sizes that the server was started with, the most of each.
         table: [5, max_num_reqs] int32, by request index: W, N, G, the largest tree T
-            and the most of its nodes that are verified, 1 + G(N-1).
+            and the most of its nodes that are verified, the root and the candidates.
     """
 
     def __init__(self, max_num_reqs: int, server: LookaheadParams) -> None:
@@ -41,27 +43,21 @@ class RequestSizes:
             params = LookaheadParams(0, 2, 0)
         elif chain:
             g = min(1, params.verification_set_size)
-            params = LookaheadParams(0, params.ngram_size, g)
+            params = replace(params, window_size=0, verification_set_size=g)
         self.table[:, index] = (
-            params.window_size,
+            params.fed_window_size,
             params.ngram_size,
             params.verification_set_size,
             params.max_tree_size,
             1 + params.max_candidate_nodes,
         )
 
-    def num_nodes(self, index: int, num_drafts: int, most: int) -> int:
-        """Nodes to feed for a request that was scheduled `num_drafts` drafts.
-
-        Fewer drafts than N-1 mean that fewer tokens may be emitted, and a tree cut
-        to as many nodes is no deeper.
+    def num_nodes(self, index: int, most: int) -> int:
+        """Nodes to feed for a request.
 
         Args:
             index: the request's.
-            num_drafts: at least 1.
             most: what there is room for.
         """
-        _, ngram, _, tree, verified = self.table[:, index].tolist()
-        if num_drafts < ngram - 1:
-            most = min(most, num_drafts + 1)
+        *_, tree, verified = self.table[:, index].tolist()
         return nodes_within(tree, verified, most)

@@ -8,19 +8,24 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
+from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.v2.trees import StepTrees
 from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.gather import Starts, gather_starts
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
 
 class LookaheadSpeculator(BaseSpeculator):
-    """Drafts without a draft model: pool and window are in the block pages.
+    """Drafts without a draft model: what it drafts from is in the block pages.
 
     Attributes:
         pages: allocated with the K/V cache.
-        bigrams: [V, R] int32, see `core.draft.bigrams`; None if nobody asked the model.
+        bigrams: [V, R] int32 and their log-probabilities, see `core.draft.bigrams`; V
+            is 0 before the model was asked.
         drafts: [max_num_reqs, N-1] int64, what the scheduler is told.
     """
 
@@ -46,7 +51,11 @@ class LookaheadSpeculator(BaseSpeculator):
         """
         self.runner: Any = runner
         self.step, self.waiting, self.ops, self.sizes = step, waiting, ops, sizes
-        self.bigrams: torch.Tensor | None = None
+        self.bigrams = (
+            torch.zeros(0, NUM_SUCCESSORS, dtype=torch.int32, device=runner.device),
+            torch.zeros(0, NUM_SUCCESSORS, device=runner.device),
+        )
+        self.starts = Starts.allocate(runner.max_num_reqs, runner.device)
         shape = runner.max_num_reqs, sizes.ngram_size - 1
         self.drafts = torch.zeros(shape, dtype=torch.int64, device=runner.device)
 
@@ -71,13 +80,40 @@ class LookaheadSpeculator(BaseSpeculator):
         drafts = self.drafts[: input_batch.num_reqs]
         if dummy_run or not self.step.plan.drafts:
             return drafts.zero_()
-        states, idx_mapping = self.runner.req_states, input_batch.idx_mapping
+        starts = self._starts(input_batch.idx_mapping)
         batch = self.step.plan.batch(
-            self.runner.block_tables.input_block_tables[0],
-            states.num_computed_tokens.gpu[idx_mapping],
-            states.last_sampled_tokens[idx_mapping, 0].int(),
+            self.runner.block_tables.input_block_tables[0], starts.position, starts.root
         )
         candidates = self.sizes.verification_set_size
-        tree = self.ops.propose(self.pages, batch, candidates, self.bigrams)
-        self.waiting.store(tree, idx_mapping, drafts)
+        hints = self.hints(starts.temperature, starts.seeds)
+        tree, _ = self.ops.draft(self.pages, batch, hints, candidates)
+        self.waiting.store(tree, input_batch.idx_mapping, drafts)
         return drafts
+
+    def _starts(self, idx_mapping: torch.Tensor) -> Starts:
+        requests, sampling = self.runner.req_states, self.runner.sampler.sampling_states
+        return gather_starts(
+            self.starts,
+            idx_mapping,
+            requests.num_computed_tokens.gpu,
+            requests.last_sampled_tokens,
+            sampling.temperature.gpu,
+            sampling.seeds.gpu,
+        )
+
+    def hints(self, temperature: torch.Tensor, seeds: torch.Tensor) -> Hints:
+        """What is known besides the pages: bigrams, and the sampler's noise.
+
+        Args:
+            temperature: [B] float32.
+            seeds: [B] int64.
+        """
+        if self.runner.sampler.use_fp64_gumbel:  # other noise, that is not looked into
+            temperature = torch.zeros_like(temperature)
+        return Hints(*self.bigrams, temperature, seeds[:, None], gpu_noise)
+
+    def warm_up(self) -> Hints:
+        """Compile what gathers, before there is a request; hints of a first one."""
+        index = torch.zeros(1, dtype=torch.int64, device=self.drafts.device)
+        starts = self._starts(index)
+        return self.hints(starts.temperature, starts.seeds)

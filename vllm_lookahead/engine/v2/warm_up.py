@@ -25,7 +25,13 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
         return
     started = time.perf_counter()
     table = runner.block_tables.input_block_tables[0]
-    runner.ops.warm_up(runner.pages, table, runner.slot_views)
+    runner.ops.warm_up(
+        runner.pages,
+        table,
+        runner.slot_views,
+        runner.speculator.warm_up(),
+        runner.model_config.head_dtype,
+    )
     runner.step.warm_up(runner.waiting, runner.speculator.drafts[:1])
     seen = set()
     for layer in attention_layers(runner.vllm_config).values():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
@@ -65,17 +66,23 @@ class OneRequest:
         )
 
     def accept(
-        self, batch: RequestBatch, tree: DraftTree, sampled: Sequence[int]
+        self,
+        batch: RequestBatch,
+        tree: DraftTree,
+        sampled: Sequence[int],
+        answers: Answers,
     ) -> Verdict:
         """Verify, update, and stand behind what was emitted.
 
         Args:
-            sampled: what the model says after each node, of the first nodes at least.
+            sampled: the token after each node, of the first nodes at least.
+            answers: the likeliest ones.
         """
-        answers = torch.full_like(tree.tokens, -1)
-        answers[0, : len(sampled)] = torch.tensor(sampled)
-        verdict: Verdict = self.ops.verify(tree, answers, self.params.ngram_size)
-        self.ops.update(self.pages, batch, tree, answers, verdict)
+        by_node = torch.full_like(tree.tokens, -1)
+        by_node[0, : len(sampled)] = torch.tensor(sampled)
+        verdict: Verdict = self.ops.verify(tree, by_node, self.params.ngram_size)
+        self.ops.update(self.pages, batch, tree, by_node, verdict)
+        self.ops.keep_answers(self.pages, batch, tree, verdict, answers)
         self.advance(verdict.tokens[0, : int(verdict.num_emitted)].tolist())
         return verdict
 
