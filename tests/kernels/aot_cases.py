@@ -31,7 +31,7 @@ NUM_BLOCKS, MAX_BLOCKS, MAX_REQUESTS, VOCAB = 4096, 2048, 256, 128_256
 SERVERS = {
     "default": ((15, 5, 15), 16, 1),
     "batch": ((15, 5, 15), 16, 64),
-    "pool-only": ((0, 5, 15), 16, 256),
+    "no-window": ((0, 5, 15), 16, 256),
     "bigram": ((1, 2, 1), 16, 8),
     "long-ngram": ((5, 16, 7), 32, 8),
     "large-blocks": ((20, 5, 20), 128, 4),

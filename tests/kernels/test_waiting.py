@@ -44,7 +44,7 @@ def draw_trees(sizes: np.ndarray, server: LookaheadParams, seed: int) -> DraftTr
         torch.arange(g)[:, None] < column(sizes[VERIFY])[:, None, None], 0
     )
     candidates[torch.arange(k) >= lengths] = -1
-    for b in range(count):  # distinct, as the pool's are
+    for b in range(count):  # distinct
         seen: set[tuple[int, ...]] = set()
         for i in range(g):
             chain = tuple(candidates[b, i].tolist())

@@ -9,14 +9,14 @@ import pytest
 from tests.harness.adapters import RANK, make_adapter
 from tests.harness.engines import Engines
 from tests.harness.jobs import ACCEPTED, in_batches, prompts, request, same_as_plain
-from tests.v1.test_lossless import FULL, POOL
+from tests.v1.test_lossless import CHAIN, FULL
 
 # One slot stays empty: on a CPU vLLM 0.32 adds the last one's adapter of the head to
 # the logits of requests without any.
 ENABLED = {"enable_lora": True, "max_loras": 3, "max_lora_rank": RANK}
 
 
-@pytest.mark.parametrize("lookahead", [POOL, FULL], ids=["pool", "full"])
+@pytest.mark.parametrize("lookahead", [CHAIN, FULL], ids=["chain", "full"])
 def test_two_adapters_and_none(
     engines: Engines, tmp_path: Path, lookahead: dict[str, int]
 ) -> None:

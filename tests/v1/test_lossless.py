@@ -20,7 +20,7 @@ from tests.harness.jobs import (
     same_as_plain,
 )
 
-POOL = {"window_size": 0, "ngram_size": 6, "verification_set_size": 1}
+CHAIN = {"window_size": 0, "ngram_size": 6, "verification_set_size": 1}
 TREE = {"window_size": 0, "ngram_size": 5, "verification_set_size": 4}
 FULL = {"window_size": 5, "ngram_size": 4, "verification_set_size": 5}
 DEFAULT: dict[str, int] = {}
@@ -36,7 +36,7 @@ SAMPLERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("model", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    "lookahead", [POOL, TREE, FULL, DEFAULT], ids=["pool", "tree", "full", "default"]
+    "lookahead", [CHAIN, TREE, FULL, DEFAULT], ids=["chain", "tree", "full", "default"]
 )
 def test_greedy_and_seeded(
     engines: Engines, model: list[int], lookahead: dict[str, int]
@@ -82,16 +82,16 @@ def test_chains_keep_the_kernels_of_vllm(engines: Engines, head_size: int) -> No
     ]
     jobs = in_batches([request(t, max_tokens=32) for t in texts] + seeded, 8)
     model = [0, 2, 0.08, head_size]
-    for lookahead in (POOL, TREE, POOL):
+    for lookahead in (CHAIN, TREE, CHAIN):
         result = same_as_plain(engines, jobs, lookahead, model=model)
         assert result["metrics"][ACCEPTED] > 0
-        kind = "ChainAttentionImpl" if lookahead is POOL else "TreeAttentionImpl"
+        kind = "ChainAttentionImpl" if lookahead is CHAIN else "TreeAttentionImpl"
         assert result["attention"] == kind
         assert result["scheduler"] == "LookaheadAsyncScheduler"
 
 
 @pytest.mark.parametrize(
-    "lookahead", [POOL, FULL, DEFAULT], ids=["pool", "full", "default"]
+    "lookahead", [CHAIN, FULL, DEFAULT], ids=["chain", "full", "default"]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(engines: Engines, dtype: str, lookahead: dict[str, int]) -> None:

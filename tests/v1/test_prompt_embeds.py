@@ -5,10 +5,10 @@ import pytest
 
 from tests.harness.engines import Engines
 from tests.harness.jobs import ACCEPTED, in_batches, prompts, request, same_as_plain
-from tests.v1.test_lossless import FULL, POOL
+from tests.v1.test_lossless import CHAIN, FULL
 
 
-@pytest.mark.parametrize("lookahead", [POOL, FULL], ids=["pool", "full"])
+@pytest.mark.parametrize("lookahead", [CHAIN, FULL], ids=["chain", "full"])
 def test_same_as_plain(engines: Engines, lookahead: dict[str, int]) -> None:
     """More nodes than N are fed, each of which vLLM must take for a token."""
     requests = []
