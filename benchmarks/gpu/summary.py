@@ -121,7 +121,7 @@ def targets(records: Records) -> list[Target]:
             mask[str(context)] = us["mask"]
             if plain_ms and "compact" in us:
                 share[str(context)] = sum(us.values()) / plain_ms / 10
-    greedy = f"batch 1, greedy, bf16, {SIZES}"
+    greedy = "batch 1, greedy, bf16"
     speed_up = rows.get(LOOKAHEAD, {}).get("ratio")
     rows = result(records, "engine-distinct").get("summary", {})
     distinct = rows.get(LOOKAHEAD, {}).get("ratio")
