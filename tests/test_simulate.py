@@ -2,6 +2,7 @@
 """Simulated strategies say what the model says, within their budgets."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -9,11 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.simulate.bigrams import load_bigrams
 from benchmarks.simulate.fit import Samples, fit
-from benchmarks.simulate.ours import named, unnamed
 from benchmarks.simulate.protocol import Tree
 from benchmarks.simulate.record import Model, Oracle, load_records
 from benchmarks.simulate.run import serve
-from benchmarks.simulate.strategies import settings, start, weighted
+from benchmarks.simulate.strategies import WEIGHTS, settings, start, weighted
 from vllm_lookahead.core.draft.estimate import WEIGHTS as DRAFT_WEIGHTS
 
 PROMPT = [5, 9, 5, 9, 7, 5, 9, 5, 3, 11, 5, 9]
@@ -139,5 +139,6 @@ def test_samples_of_the_drafter_give_its_chances(served):
     assert seen > 20
 
 
-def test_weights_have_names():
-    assert unnamed(named(DRAFT_WEIGHTS)) == DRAFT_WEIGHTS
+def test_the_package_has_the_weights_that_were_fitted():
+    fitted = json.loads(WEIGHTS.read_text())["draft"]["weights"]
+    assert {name: round(x, 2) for name, x in fitted.items()} == DRAFT_WEIGHTS

@@ -10,6 +10,7 @@ level and then of all: nothing is sorted.
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.estimate import FLOOR, Hints, Weights
+from vllm_lookahead.core.draft.estimate import FLOOR, Hints
 from vllm_lookahead.core.draft.grow import BEAM
 from vllm_lookahead.core.draft.index import num_answer_cells, num_cells
 from vllm_lookahead.core.draft.noise import gpu_noise
@@ -506,7 +507,7 @@ def draft_trees(
     pages: BlockPages,
     batch: RequestBatch,
     hints: Hints,
-    weights: Weights,
+    weights: Mapping[str, float],
     tables: IndexTables,
     scratch: DraftScratch,
     tree: DraftTree,
@@ -519,7 +520,7 @@ def draft_trees(
         batch: B requests. One with max_nodes 0 is padding: a tree of no nodes.
         hints: noise must be that of the V2 sampler. It has one seed a request: seeds
             may be [B, 1], and have any strides.
-        weights: of the sources.
+        weights: as WEIGHTS, in that order.
         tables: as `file_contexts` has left them, of the same pages and batch.
         scratch: for at least B requests, of the server's sizes.
         tree: out, T = 1 + G(N-1) + max(0, W(N-1) - 1) nodes per request.
@@ -600,11 +601,7 @@ def draft_trees(
         tables.epoch,
         len(tables.text),
         -math.log(hints.least) if hints.least > 0 else math.inf,
-        *weights.text,
-        *weights.answer,
-        weights.bigram,
-        weights.noise,
-        *weights.other,
+        *weights.values(),
         tree.tokens.stride(0),
         tables.text.stride(0),
         tables.answers.stride(0),

@@ -2,8 +2,8 @@
 """File every place of a request's pages under its last tokens, and look it up.
 
 Reference: `core.draft.index`. One launch of B x splits programs files all places in
-tables of cells, where the newest takes a cell by an atomic maximum: a place is a number
-that grows with its age order. A cell's upper half is the number of the launch, so that
+tables of cells. Newer places have larger numbers, so that an atomic maximum keeps the
+newest. A cell's upper half is the number of the launch, so that
 tables are never emptied: what an earlier launch filed is older than everything.
 
 A place's number tells where it is. Of a ring of SIZE cells the entry in cell c has a
@@ -48,7 +48,7 @@ class IndexTables:
     """Scratch: nothing in it outlives a step.
 
     A batch of more requests than MAX_TABLES drafts for the others from bigrams alone:
-    so many do not share a step's nodes.
+    with so many, no tree has room for a candidate.
 
     Attributes:
         text: [rows, cells] int64, launch << 32 | number of the place.

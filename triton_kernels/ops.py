@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LookaheadOps` on Triton: no allocation and no sync in the step."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
-from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints
 from vllm_lookahead.core.draft.index import num_cells
 from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.core.pages import NUM_ANSWERS, BlockPages
@@ -83,7 +84,7 @@ class TritonOps:
         batch: RequestBatch,
         hints: Hints,
         max_candidates: int,
-        weights: Weights = WEIGHTS,
+        weights: Mapping[str, float] = WEIGHTS,
     ) -> tuple[DraftTree, torch.Tensor]:
         if max_candidates != self._g:
             raise ValueError(

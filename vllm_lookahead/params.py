@@ -34,8 +34,8 @@ class LookaheadParams:
         ngram_size: N; an n-gram of the window is a key token and N-1 values. At most N
             tokens are emitted per step.
         verification_set_size: G, most candidates side by side: of one depth.
-        node_budget: most tokens fed in a step. The window is fed where the whole tree
-            fits.
+        node_budget: most tokens fed in a step. Where a whole tree does not fit, the
+            window is left out and the likeliest candidates are chosen.
     """
 
     window_size: int
@@ -62,7 +62,7 @@ class LookaheadParams:
 
     @property
     def max_grown_nodes(self) -> int:
-        """Candidates to choose from: all that may be of any depth."""
+        """G(N-1): most candidates before the budget."""
         return self.verification_set_size * (self.ngram_size - 1)
 
     @property

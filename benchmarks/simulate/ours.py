@@ -9,7 +9,7 @@ import torch
 from benchmarks.simulate.one_request import OneRequest
 from benchmarks.simulate.protocol import Answers, Request, Tree
 from vllm_lookahead.core.answers import Answers as TopTokens
-from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints
 from vllm_lookahead.core.draft.grow import estimator_of
 from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import NUM_ANSWERS
@@ -18,24 +18,6 @@ from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.params import MAX_TREE_NODES, LookaheadParams
 
 BLOCK_SIZE = 16
-
-
-def named(weights: Weights) -> dict[str, float]:
-    """Weights by the names of `Estimator.evidence`."""
-    text = {f"text{i}": x for i, x in enumerate(weights.text, 1)}
-    answer = {f"answer{i}": x for i, x in enumerate(weights.answer, 1)}
-    other = dict(zip(("other", "other by temperature"), weights.other, strict=True))
-    return text | answer | {"bigram": weights.bigram, "noise": weights.noise} | other
-
-
-def unnamed(weights: Mapping[str, float]) -> Weights:
-    return Weights(
-        (weights["text1"], weights["text2"], weights["text3"]),
-        (weights["answer1"], weights["answer2"], weights["answer3"]),
-        weights["bigram"],
-        weights["noise"],
-        (weights["other"], weights["other by temperature"]),
-    )
 
 
 class Ours:
@@ -51,7 +33,7 @@ class Ours:
         self,
         request: Request,
         sizes: tuple[int, int, int],
-        weights: Weights = WEIGHTS,
+        weights: Mapping[str, float] = WEIGHTS,
         alone: bool = False,
     ) -> None:
         """

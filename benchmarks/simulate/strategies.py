@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulate.forest import START, Forest, Weights
-from benchmarks.simulate.ours import Ours, named, unnamed
+from benchmarks.simulate.ours import Ours
 from benchmarks.simulate.paper import Paper
 from benchmarks.simulate.protocol import Request, Strategy
 from benchmarks.simulate.recycling import Recycling
@@ -47,14 +47,14 @@ def weights(name: str) -> Weights:
 
 def start(name: str) -> Weights:
     """What fitting starts from."""
-    return named(DRAFT_WEIGHTS) if name.startswith("draft") else START
+    return DRAFT_WEIGHTS if name.startswith("draft") else START
 
 
 def weighted(name: str, budget: int, weights: Weights) -> Make:
     """A drafter by its weights."""
     if name.startswith("draft"):
-        own = unnamed(weights)
-        return partial(Ours, sizes=sizes_of(budget), weights=own, alone=name != "draft")
+        sizes = sizes_of(budget)
+        return partial(Ours, sizes=sizes, weights=weights, alone=name != "draft")
     return partial(Forest, options=options(name), weights=weights)
 
 

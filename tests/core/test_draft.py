@@ -55,11 +55,11 @@ def drafted(
 
 
 def answer_score(agreement: int, logprob: float) -> float:
-    return WEIGHTS.answer[agreement - 1] * (logprob - FLOOR)
+    return WEIGHTS[f"answer{agreement}"] * (logprob - FLOOR)
 
 
 def bigram_score(logprob: float) -> float:
-    return WEIGHTS.bigram * (logprob - FLOOR)
+    return WEIGHTS["bigram"] * (logprob - FLOOR)
 
 
 def assert_chances(found: Branches, scores: dict[int, float], other: float) -> None:
@@ -69,7 +69,7 @@ def assert_chances(found: Branches, scores: dict[int, float], other: float) -> N
     assert first == pytest.approx(expected, rel=1e-5)
 
 
-OTHER = WEIGHTS.other[0]
+OTHER = WEIGHTS["other"]
 WIDE = {"g": 9, "n": 2}
 
 
@@ -83,7 +83,7 @@ def test_the_text(ops, agreement):
     if agreement < 3:  # the rest does not agree
         history.insert(5, 30)
     found = drafted(ops, history, 9, sizes=WIDE)
-    assert_chances(found, {5: WEIGHTS.text[agreement - 1]}, OTHER)
+    assert_chances(found, {5: WEIGHTS[f"text{agreement}"]}, OTHER)
 
 
 def test_the_ngrams_of_the_window(ops):
@@ -91,8 +91,8 @@ def test_the_ngrams_of_the_window(ops):
     ring = ((7, 9, 21, 22, 23, 24),)
     found = drafted(ops, [40, 7], 9, ring)
     assert list(found) == [(21,), (21, 22), (21, 22, 23), (21, 22, 23, 24)]
-    (first,) = chances_of([WEIGHTS.text[1]], OTHER)
-    (later,) = chances_of([WEIGHTS.text[2]], OTHER)
+    (first,) = chances_of([WEIGHTS["text2"]], OTHER)
+    (later,) = chances_of([WEIGHTS["text3"]], OTHER)
     expected = [first * later**k for k in range(4)]
     assert list(found.values()) == pytest.approx(expected)
 
@@ -153,7 +153,7 @@ def test_what_is_said_of_a_token_adds_up(ops):
     answers = (([8, 9], {10: -1.0, 11: -3.0}),)
     found = drafted(ops, history, 9, (), answers, WIDE, **BIGRAMS)
     scores = {
-        10: WEIGHTS.text[2] + answer_score(2, -1.0) + bigram_score(-0.5),
+        10: WEIGHTS["text3"] + answer_score(2, -1.0) + bigram_score(-0.5),
         11: answer_score(2, -3.0) + bigram_score(-1.5),
         12: bigram_score(-2.5),
     }
@@ -162,7 +162,11 @@ def test_what_is_said_of_a_token_adds_up(ops):
 
 
 def test_other_weights(ops):
-    silent = WEIGHTS._replace(text=(0.0, 0.0, 0.0), bigram=1.0, other=(1.0, 0.0))
+    silent = WEIGHTS | {
+        **dict.fromkeys(("text1", "text2", "text3"), 0.0),
+        "bigram": 1.0,
+        "other": 1.0,
+    }
     pages = make_pages(2, 8, 0, 2)
     write(ops, pages, [0], [9, 5])
     hints = make_hints(1, 2, **BIGRAMS)
@@ -191,7 +195,7 @@ def test_of_equally_likely_branches_the_shorter_comes_first(ops):
     text = [9] * 6
     pages = make_pages(1, 8, 0, N)
     write(ops, pages, [0], text)
-    sure = WEIGHTS._replace(text=(100.0, 100.0, 100.0))
+    sure = WEIGHTS | dict.fromkeys(("text1", "text2", "text3"), 100.0)
     batch = make_batch([Row([0], 6, 9, n=N, g=2)])
     tree, chances = ops.draft(pages, batch, make_hints(1, N), 2, sure)
     assert tree.parents[0, :N].tolist() == [-1, 0, 1, 2, 3]
@@ -254,12 +258,12 @@ def test_chances_under_noise(ops, temperature):
         seeds=torch.full((1, N - 1), seed),
         **BIGRAMS,
     )
-    scores = {30: WEIGHTS.text[0]}
+    scores = {30: WEIGHTS["text1"]}
     scores |= {9 + k: bigram_score(0.5 - k) for k in (1, 2, 3)}
     t = float(torch.tensor(temperature))
     for token in scores:
-        scores[token] += WEIGHTS.noise * t * cpu_noise(seed, 3, token)
-    assert_chances(found, scores, OTHER + t * WEIGHTS.other[1])
+        scores[token] += WEIGHTS["noise"] * t * cpu_noise(seed, 3, token)
+    assert_chances(found, scores, OTHER + t * WEIGHTS["other by temperature"])
 
 
 def test_noise_is_that_of_the_request_and_the_depth(ops):

@@ -211,7 +211,7 @@ def test_text_by_definition(ops, seed, cells):
         found = followed(texts, context)
         if not found:
             break
-        (chance,) = chances_of([WEIGHTS.text[found[0] - 1]], WEIGHTS.other[0])
+        (chance,) = chances_of([WEIGHTS[f"text{found[0]}"]], WEIGHTS["other"])
         chances.append(chance * (chances[-1] if chances else 1))
         chain.append(found[1])
     drafted = candidates(ops, pages, row)
@@ -247,13 +247,13 @@ def test_answers_by_definition(ops, seed, cells):
     context = [*before, row.root]
     scores = {}
     if in_text := followed([(context, 0)], context):
-        scores[in_text[1]] = WEIGHTS.text[in_text[0] - 1]
+        scores[in_text[1]] = WEIGHTS[f"text{in_text[0]}"]
     places = [([*known, i], len(known) - 1) for i, (known, _) in enumerate(answers)]
     if found := followed(places, context):
         for token, logprob in answers[found[1]][1].items():
             above = max(logprob - FLOOR, 0)
-            scores[token] = WEIGHTS.answer[found[0] - 1] * above
-    chances = chances_of([*scores.values()], WEIGHTS.other[0])
+            scores[token] = WEIGHTS[f"answer{found[0]}"] * above
+    chances = chances_of([*scores.values()], WEIGHTS["other"])
     expected = {(t,): x for t, x in zip(scores, chances, strict=True)}
     assert candidates(ops, pages, row) == pytest.approx(expected)
 

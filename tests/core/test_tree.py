@@ -90,8 +90,8 @@ def chain_chances(chains: Sequence[Sequence[int]]) -> dict[Branch, float]:
     """Of each branch of the chains that `bigrams_of` makes, by hand."""
 
     def chance(logprobs: list[float]) -> list[float]:
-        scores = [WEIGHTS.bigram * (x - FLOOR) for x in logprobs]
-        return chances_of(scores, WEIGHTS.other[0])
+        scores = [WEIGHTS["bigram"] * (x - FLOOR) for x in logprobs]
+        return chances_of(scores, WEIGHTS["other"])
 
     first = chance([-0.1 * c for c in range(len(chains))])
     (then,) = chance([-0.2])

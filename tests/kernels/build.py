@@ -2,7 +2,7 @@
 """What the kernel tests start from: random trees, poisoned memory."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from tests.core.build import ints, make_tree
 from tests.core.equivalence import Shape, State, random_hints
 from vllm_lookahead.core.batch import Request, RequestBatch
-from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints
 from vllm_lookahead.core.draft.window import add_window
 from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.core.reference import ReferenceOps
@@ -134,7 +134,7 @@ class AnySizeTritonOps(TritonOps):
         batch: RequestBatch,
         hints: Hints,
         max_candidates: int,
-        weights: Weights = WEIGHTS,
+        weights: Mapping[str, float] = WEIGHTS,
     ) -> tuple[DraftTree, torch.Tensor]:
         self._resize(pages, len(batch.root), max_candidates)
         return super().draft(pages, batch, hints, max_candidates, weights)

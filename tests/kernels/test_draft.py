@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,7 @@ from tests.kernels.build import (
     poisoned,
 )
 from vllm_lookahead.core.draft import grow
-from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints
 from vllm_lookahead.core.draft.grow import BEAM
 from vllm_lookahead.core.draft.index import Index
 from vllm_lookahead.core.draft.noise import cpu_noise, gpu_noise
@@ -49,7 +50,7 @@ def poisoned_hints(hints: Hints) -> Hints:
 
 
 def assert_same_draft(
-    state: State, hints: Hints, weights: Weights = WEIGHTS
+    state: State, hints: Hints, weights: Mapping[str, float] = WEIGHTS
 ) -> tuple[DraftTree, torch.Tensor]:
     """Padding is compared as well, of trees and of chances."""
     pages, batch, g = state.pages, state.batch, state.g
@@ -162,7 +163,8 @@ def test_weights_are_arguments():
     shape = Shape(2, 4, 6, vocab=30, same_sizes=True)
     state = random_state(shape, seed=0)
     hints = random_hints(shape, 4, 0, gpu_noise)
-    weights = Weights((0.3, 0.7, 1.1), (0.2, 0.5, 0.9), 0.6, 1.3, (2.0, 0.4))
+    values = 0.3, 0.7, 1.1, 0.2, 0.5, 0.9, 0.6, 1.3, 2.0, 0.4
+    weights = dict(zip(WEIGHTS, values, strict=True))
     _, usual = assert_same_draft(state, hints)
     _, others = assert_same_draft(state, hints, weights)
     assert not torch.allclose(usual, others)
@@ -187,7 +189,7 @@ def test_a_token_that_is_sure_has_a_child_as_likely():
     pages = make_pages(2, 16, 0, 6)
     pages.tokens[0, :8] = 4
     state = State(pages, make_batch([Row([0, 1], 8, 4, n=6, g=2)]), 6, 2)
-    weights = WEIGHTS._replace(text=(60.0, 60.0, 60.0))
+    weights = WEIGHTS | dict.fromkeys(("text1", "text2", "text3"), 60.0)
     tree, chances = assert_same_draft(state, make_hints(1, 6, noise=gpu_noise), weights)
     assert tree.parents[0, :6].tolist() == [-1, 0, 1, 2, 3, 4]
     assert (chances[0, 1:6] == 1).all()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep what the model said after each node: its likeliest next tokens.
 
-A node that was rejected was read by the model all the same. Whoever meets its last
-tokens again drafts what the model said there (cf. Luo et al. 2024, "Turning Trash into
-Treasure", which keeps such answers by the last token alone).
+A node that was rejected was read by the model all the same. A later step that reaches
+the same last tokens drafts what the model said there (cf. Luo et al. 2024, "Turning
+Trash into Treasure", which keeps such answers by the last token alone).
 """
 
 import math
@@ -18,7 +18,7 @@ from vllm_lookahead.core.pages import CONTEXT, EMPTY, NUM_ANSWERS, BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree, Node
 from vllm_lookahead.core.verify import Verdict
 
-# Of a step's rejected nodes the answers of so many are kept, of the likeliest.
+# Answers of at most so many rejected nodes of a step are kept, of the likeliest.
 MAX_REJECTED = 64
 LANES = 1024  # into which a row of logits is cut to find its likeliest tokens
 
@@ -62,7 +62,8 @@ def likeliest_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         tokens: [n, R] int32, the likeliest first, EMPTY where there are no more.
-        logprobs: [n, R] float32, over all lanes.
+        logprobs: [n, R] float32, among the likeliest tokens of all lanes: a little too
+            high, as the rest of the vocabulary is left out.
     """
     tokens = torch.full((len(logits), NUM_ANSWERS), EMPTY, dtype=torch.int32)
     logprobs = torch.zeros(len(logits), NUM_ANSWERS)

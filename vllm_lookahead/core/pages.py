@@ -8,7 +8,7 @@ pages through their own block table, so sharing, eviction, preemption and isolat
 those of the KV cache.
 
 The tail block of a request at root position p is the block of position p-1, the
-last token whose K/V is final. Pages are hints: a stale one costs speed, never a
+last token whose K/V is final. A page that is stale costs speed, never a
 token.
 """
 
@@ -25,10 +25,10 @@ EMPTY = -1
 # and MT-Bench: 1 per slot 3.00, 3.00, 3.14; 2: 3.05, 3.07, 3.16; 3: 3.07, 3.09, 3.22;
 # 4: 3.10, 3.11, 3.25; 16: 3.12, 3.11, 3.24.
 NGRAMS_PER_SLOT = 4
-# Answers that a block keeps per slot at most: the likeliest NUM_ANSWERS tokens after
-# CONTEXT others.
+# A block keeps at most 8 answers per slot, each the 4 likeliest tokens after 3 others.
 ANSWERS_PER_SLOT, NUM_ANSWERS, CONTEXT = 8, 4, 3
-# N-grams and answers are read in the blocks of so many tokens before the root.
+# Rings of n-grams and of answers are searched in the blocks of so many tokens before
+# the root; the history is searched whole.
 REACH = 1024
 
 

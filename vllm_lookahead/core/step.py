@@ -89,7 +89,8 @@ def step(
         pages: what is known of earlier tokens, one page per K/V block.
         caches: the K/V, views of shape [num_blocks, block_size, ...].
         batch: B requests, each at its root: sampled last, its K/V not computed yet.
-        hints: what else is known of the tokens to come.
+        hints: what else is known of the tokens to come. Drafting reads nothing that
+            `write_tokens` writes here, so engines draft first.
         max_candidates: G of the server.
 
     Returns:

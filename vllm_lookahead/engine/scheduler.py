@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The narrow side of lookahead: the scheduler sees N-1 drafts per request.
 
-It never sees a draft tree. It marks each request that drafts with N-1 placeholders,
-which the worker expands into T nodes, and leaves them room: input tokens and K/V
-slots. Metrics and rollback are then vLLM's own.
+It never sees the tokens of a tree, but says how many nodes it may have. It marks each
+request that drafts with N-1 placeholders, which the worker expands into T nodes, and
+leaves them room: input tokens and K/V slots. Metrics and rollback are then vLLM's own.
 """
 
 from typing import TYPE_CHECKING, Any, Self

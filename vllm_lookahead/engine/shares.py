@@ -4,9 +4,9 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
-# Tokens that the trees of a step share, unless the server's widest takes more; more
-# requests, smaller trees. A 7B model in bf16 is memory-bound on an H200 up to about
-# 180 tokens.
+# Tokens that all trees of a step share, and at least the server's widest tree; more
+# requests, smaller trees. By bytes and operations a 7B model in bf16 is memory-bound on
+# an H200 up to about 180 tokens; nothing was measured.
 MAX_TREE_TOKENS = 256
 # The number of trees in a step is rounded up to one of these before they share its
 # tokens, at most by a quarter: each has a CUDA graph of its own.

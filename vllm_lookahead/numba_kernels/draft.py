@@ -6,12 +6,13 @@ would go unnoticed.
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from vllm_lookahead.core.batch import RequestBatch
-from vllm_lookahead.core.draft.estimate import FLOOR, WEIGHTS, Hints, Weights
+from vllm_lookahead.core.draft.estimate import FLOOR, WEIGHTS, Hints
 from vllm_lookahead.core.draft.grow import BEAM
 from vllm_lookahead.core.draft.index import num_answer_cells, num_cells
 from vllm_lookahead.core.draft.noise import cpu_noise
@@ -169,7 +170,7 @@ def _estimate(
     bigram_logprobs,  # [V, R]
     temperature,  # 0: without noise
     seed,
-    weights,  # [10] as `Weights`
+    weights,  # [10] as WEIGHTS
     floor,
     context,  # [CONTEXT]
     filed,  # [CONTEXT] scratch
@@ -397,7 +398,7 @@ def draft(
     batch: RequestBatch,
     hints: Hints,
     max_candidates: int,
-    weights: Weights = WEIGHTS,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> tuple[DraftTree, torch.Tensor]:
     """`core.draft.grow.draft`, of the noise that vLLM's CPU sampler adds.
 
@@ -418,8 +419,7 @@ def draft(
         array(hints.bigram_logprobs, torch.float32),
         array(hints.temperature, torch.float32),
         array(hints.seeds, torch.int64),
-        np.array([*weights.text, *weights.answer, weights.bigram, weights.noise,
-                  *weights.other]),
+        np.array(list(weights.values())),
         max_candidates,
         FLOOR,
         BEAM,

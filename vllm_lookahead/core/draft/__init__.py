@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where drafts come from, one file a source; what ranks them; what they may cost."""
+"""The drafter: where drafts come from, what they are worth, what they may cost."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's bigrams: what it says after each token alone.
+"""The model's bigrams: what it says after each token, behind BOS or a comma.
 
 The pages know only what the request has seen. Of all else the model itself was asked: a
 table made once when it is loaded, that holds nothing of any request (Stewart et al.

@@ -17,50 +17,37 @@ all other tokens count as one, is a token's chance.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from vllm_lookahead.core.draft.index import Index, context_at
 from vllm_lookahead.core.pages import EMPTY
 
-
-class Weights(NamedTuple):
-    """What the sources' words weigh.
-
-    Attributes:
-        text: of the token that followed, by how many tokens agree, 1 to 3.
-        answer: per nat above FLOOR, by how many tokens agree.
-        bigram: per nat above FLOOR.
-        noise: per unit of noise, at temperature 1.
-        other: score of all tokens that nothing speaks for, and more of it per
-            temperature.
-    """
-
-    text: tuple[float, float, float]
-    answer: tuple[float, float, float]
-    bigram: float
-    noise: float
-    other: tuple[float, float]
-
-
-# `benchmarks/simulate/fit.py`, SmolLM2-135M-Instruct, prompts that no figure is of.
-WEIGHTS = Weights(
-    text=(1.27, 2.90, 4.61),
-    answer=(0.42, 0.42, 0.45),
-    bigram=0.27,
-    noise=0.54,
-    other=(3.84, 0.73),
-)
-# A log-probability that says as little for a token as silence.
+# Weight of each source: what is added to a token's score where the last 1, 2 or 3
+# tokens agree, per nat above FLOOR for answers and bigrams, per unit of noise at
+# temperature 1; and the score of "any other token". Fitted by
+# `benchmarks/simulate/fit.py`, SmolLM2-135M-Instruct, on prompts of no reported figure.
+WEIGHTS = {
+    "text1": 1.27,
+    "text2": 2.90,
+    "text3": 4.60,
+    "answer1": 0.42,
+    "answer2": 0.42,
+    "answer3": 0.45,
+    "bigram": 0.27,
+    "noise": 0.54,
+    "other": 3.84,
+    "other by temperature": 0.73,
+}
+# Log-probabilities at or below this add nothing.
 FLOOR = -8.0
 
 
 @dataclass
 class Hints:
-    """What is known of the next tokens besides the pages.
+    """What the drafter is told besides the pages.
 
     Attributes:
         bigrams: [V, R] int32 successors of each token, the likeliest first, EMPTY
@@ -68,6 +55,7 @@ class Hints:
         bigram_logprobs: [V, R] float32 of them.
         temperature: [B] float32, 0 where there is no noise or none is known.
         seeds: [B, N-1] int64, what the noise of the token at each depth is keyed by.
+            Triton takes [B, 1] as well, where all depths have the same.
         noise: (seed, position of the node, token after it) to what the sampler adds.
         least: the least chance of being accepted for which a node is drafted.
     """
@@ -82,14 +70,14 @@ class Hints:
 
 @dataclass
 class Estimator:
-    """Of one request.
+    """Scores what may follow the paths of one request.
 
     Attributes:
         tokens: its last ones, the root among them; at most CONTEXT.
         position: p, of the root.
         text, answers: its tables.
-        hints, b: what else is known, and which row of it.
-        weights: of the sources.
+        hints, b: what else is known, and the request's row of it.
+        weights: as WEIGHTS.
     """
 
     tokens: list[int]
@@ -98,17 +86,15 @@ class Estimator:
     answers: Index
     hints: Hints
     b: int
-    weights: Weights
+    weights: Mapping[str, float]
 
-    def evidence(self, path: list[int]) -> list[tuple[str, dict[int, float]]]:
+    def evidence(self, path: Sequence[int]) -> list[tuple[str, dict[int, float]]]:
         """What each source says of the token after a path: a figure per token."""
         tokens = [*self.tokens, *path]
         context = context_at(tokens, len(tokens) - 1)
         said: list[tuple[str, dict[int, float]]] = []
         if found := self.text.find(context):
-            said.append(
-                (f"text{found.agreement}", dict.fromkeys(found.successors, 1.0))
-            )
+            said.append((f"text{found.agreement}", found.successors))
         if found := self.answers.find(context):
             said.append((f"answer{found.agreement}", _above_floor(found.successors)))
         if 0 <= context[0] < len(self.hints.bigrams):
@@ -117,23 +103,20 @@ class Estimator:
             said.append(("bigram", _above_floor(dict(zip(ids, logprobs, strict=True)))))
         return said
 
-    def __call__(self, path: list[int]) -> dict[int, float]:
+    def __call__(self, path: Sequence[int]) -> dict[int, float]:
         """Log-probability of each token that may follow a path."""
-        by_name = {"bigram": self.weights.bigram}
-        for i in range(3):
-            by_name[f"text{i + 1}"] = self.weights.text[i]
-            by_name[f"answer{i + 1}"] = self.weights.answer[i]
         scores: dict[int, float] = {}
         for name, row in self.evidence(path):
             for token, x in row.items():
-                scores[token] = scores.get(token, 0.0) + by_name[name] * x
+                scores[token] = scores.get(token, 0.0) + self.weights[name] * x
         temperature = float(self.hints.temperature[self.b])
         if temperature > 0:
             seed = int(self.hints.seeds[self.b, len(path)])
             for token in scores:
                 noise = float(self.hints.noise(seed, self.position + len(path), token))
-                scores[token] += self.weights.noise * temperature * noise
-        other = self.weights.other[0] + self.weights.other[1] * temperature
+                scores[token] += self.weights["noise"] * temperature * noise
+        by_temperature = self.weights["other by temperature"] * temperature
+        other = self.weights["other"] + by_temperature
         top = max(other, *scores.values()) if scores else other
         total = math.exp(other - top) + sum(math.exp(x - top) for x in scores.values())
         return {token: x - top - math.log(total) for token, x in scores.items()}

@@ -7,20 +7,22 @@ likelier than its parent, so the best nodes of a tree are a tree.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from vllm_lookahead.core.batch import Request, RequestBatch
-from vllm_lookahead.core.draft.estimate import WEIGHTS, Estimator, Hints, Weights
+from vllm_lookahead.core.draft.estimate import WEIGHTS, Estimator, Hints
 from vllm_lookahead.core.draft.index import answer_index, text_index
 from vllm_lookahead.core.draft.window import add_window, read_window
 from vllm_lookahead.core.pages import CONTEXT, EMPTY, BlockPages
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, DraftTree, Node
 from vllm_lookahead.params import LookaheadParams
 
-# Nodes of a level that get children. Tokens a step of SmolLM2-135M at 16 and 32 nodes,
-# greedy: 2.20 and 2.52, against 2.19 and 2.48 where every node may have them.
+# Nodes of a level that get children. In the simulator's forest, which has other sources
+# besides, 2.20 and 2.52 tokens a step at 16 and 32 nodes, greedy, against 2.19 and 2.48
+# where every node may have them (docs/drafting.md).
 BEAM = 8
 
 
@@ -28,8 +30,8 @@ BEAM = 8
 class Branch:
     """A path below the root: its tokens, and the log of its chance to be accepted."""
 
-    path: list[int]
-    chance: float
+    path: tuple[int, ...]
+    log_chance: float
 
 
 def draft(
@@ -37,7 +39,7 @@ def draft(
     batch: RequestBatch,
     hints: Hints,
     max_candidates: int,
-    weights: Weights = WEIGHTS,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> tuple[DraftTree, torch.Tensor]:
     """A tree for each request: the root, the likeliest candidates, the window.
 
@@ -50,8 +52,8 @@ def draft(
         weights: of the sources.
 
     Returns:
-        tree: padded to T = 1 + G(N-1) + max(0, W(N-1) - 1) nodes, candidates in falling
-            order of their chance.
+        tree: padded to T = 1 + G(N-1) + max(0, W(N-1) - 1) nodes, without regard to a
+            budget; candidates in falling order of their chance.
         chances: [B, T] float32, of each candidate to be accepted; 0 elsewhere.
     """
     k, w = pages.window.shape[1:]
@@ -63,20 +65,23 @@ def draft(
             : max(0, request.max_nodes - 1)
         ]
         nodes = [Node(request.root, EMPTY, 0, ROOT)]
-        index: dict[tuple[int, ...], int] = {(): 0}
+        node_of: dict[tuple[int, ...], int] = {(): 0}
         for branch in branches:
-            *above, token = branch.path
-            index[*above, token] = len(nodes)
-            chances[b, len(nodes)] = math.exp(branch.chance)
-            parent = index[tuple(above)]
-            nodes.append(Node(token, parent, len(branch.path), CANDIDATE))
+            path = branch.path
+            node_of[path] = len(nodes)
+            chances[b, len(nodes)] = math.exp(branch.log_chance)
+            nodes.append(Node(path[-1], node_of[path[:-1]], len(path), CANDIDATE))
         window = read_window(pages, request)
         trees.append(add_window(nodes, window, request.max_nodes))
     return DraftTree.of(trees, size), chances
 
 
 def estimator_of(
-    pages: BlockPages, request: Request, hints: Hints, b: int, weights: Weights
+    pages: BlockPages,
+    request: Request,
+    hints: Hints,
+    b: int,
+    weights: Mapping[str, float],
 ) -> Estimator:
     """Of request b, from what its pages hold now."""
     tokens = [*pages.history(request), request.root][-CONTEXT:]
@@ -87,15 +92,15 @@ def estimator_of(
 def _grow(estimate: Estimator, request: Request, least: float) -> list[Branch]:
     """Branches in falling order of their chance; of equal ones the shorter first."""
     log_least = math.log(least) if least > 0 else -math.inf
-    level, grown = [Branch([], 0.0)], []
+    level, grown = [Branch((), 0.0)], []
     for _ in range(request.ngram_size - 1):
         children = [
-            Branch([*parent.path, token], parent.chance + chance)
+            Branch((*parent.path, token), parent.log_chance + log_chance)
             for parent in level[:BEAM]
-            for token, chance in estimate(parent.path).items()
+            for token, log_chance in estimate(parent.path).items()
         ]
-        children = [child for child in children if child.chance >= log_least]
-        children.sort(key=lambda child: -child.chance)  # stable
+        children = [child for child in children if child.log_chance >= log_least]
+        children.sort(key=lambda child: -child.log_chance)  # stable
         level = children[: request.verification_set_size]
         grown += level
-    return sorted(grown, key=lambda branch: -branch.chance)
+    return sorted(grown, key=lambda branch: -branch.log_chance)

@@ -5,7 +5,7 @@ Every place in the pages is filed under its last token, its last two and its las
 in a table of cells; the newest place takes a cell. A context is looked up by three
 tokens, then two, then one. So a draft of any depth costs three looks, however long the
 history is. Two contexts may share a cell: what is found is compared, and the older of
-them is lost.
+them is lost. The reference loses what the kernels lose, so that they can be compared.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from vllm_lookahead.core.answers import read_answers
 from vllm_lookahead.core.batch import Request
 from vllm_lookahead.core.pages import CONTEXT, EMPTY, BlockPages, num_recent_blocks
 
-# Cells of a table that files a text: eight for each token there is room for, within
-# bounds. A place takes up to three.
+# Cells of a table: eight for each token of text that there is room for, within bounds,
+# for a place takes up to three.
 MIN_CELLS, MAX_CELLS = 2**12, 2**16
-# And of the one that files answers: four for each there is room for.
+# Of the one of answers: four for each that there is room for.
 MIN_ANSWER_CELLS, MAX_ANSWER_CELLS = 2**10, 2**15
 
 
@@ -27,7 +27,8 @@ class Found(NamedTuple):
 
     Attributes:
         agreement: how many of them agree, 1 to CONTEXT.
-        successors: tokens that may follow, and the log-probability of each.
+        successors: tokens that may follow, and a figure of each: the log-probability of
+            an answer's, 1 of what followed in the text.
     """
 
     agreement: int
@@ -48,7 +49,7 @@ class Index:
             self.cells[at] = context, successors
 
     def find(self, context: Sequence[int]) -> Found | None:
-        """What came after the most of a context's tokens, the newest of it."""
+        """What came after a context: the longest match, and of those the newest."""
         for length in range(len(context), 0, -1):
             filed = self.cells.get(cell_of(context[:length], self.num_cells))
             if filed and filed[0][:length] == context[:length]:
@@ -70,7 +71,7 @@ def text_index(pages: BlockPages, request: Request) -> Index:
         for at in places:
             context, following = context_at(tokens, at), tokens[at + 1]
             if context and following != EMPTY:
-                index.file(context, {following: 0.0})
+                index.file(context, {following: 1.0})
     return index
 
 
