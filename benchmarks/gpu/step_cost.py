@@ -41,10 +41,13 @@ OFF = "off"
 Row = dict[str, Any]
 
 
-def params_of(sizes: str) -> LookaheadParams:
-    """Of "W/N/G"."""
-    config = lookahead_config(sizes)
-    return LookaheadParams(**{k: v for k, v in config.items() if k != "method"})
+def sizes_of(text: str) -> dict[str, int]:
+    """Of "W/N/G", by name."""
+    return {k: v for k, v in lookahead_config(text).items() if k != "method"}
+
+
+def params_of(text: str) -> LookaheadParams:
+    return LookaheadParams(**sizes_of(text))
 
 
 def prompts(args: argparse.Namespace, context: int) -> list[Any]:
@@ -77,7 +80,7 @@ def requests(server: str, trees: list[str]) -> dict[str, dict[str, Any] | None]:
         return {PLAIN: None}
     own, found = params_of(server), {OFF: {REQUEST_SWITCH: 0}}
     for tree in [*trees, *([] if server in trees else [server])]:
-        sizes = vars(params_of(tree))
+        sizes = sizes_of(tree)
         if all(size <= getattr(own, name) for name, size in sizes.items()):
             found[tree] = {REQUEST_PREFIX + name: v for name, v in sizes.items()}
     return {**found}
