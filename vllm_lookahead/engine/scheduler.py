@@ -49,7 +49,7 @@ class LookaheadScheduler(Scheduler):
             self.max_num_running_reqs + 1
         )
         widest = self.lookahead.max_tree_size
-        self.tree = widest, 1 + self.lookahead.max_candidate_nodes
+        self.full_sizes = widest, 1 + self.lookahead.max_candidate_nodes
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
         # Only the GPU engine's trees share a step's tokens.
@@ -73,7 +73,7 @@ class LookaheadScheduler(Scheduler):
         """T of a request that drafts, and the root with the candidates among it."""
         params = self.params(request) or self.lookahead
         if params is self.lookahead:
-            return self.tree
+            return self.full_sizes
         return params.max_tree_size, 1 + params.max_candidate_nodes
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -91,7 +91,7 @@ class LookaheadScheduler(Scheduler):
         """
         drafting = [r for r in self.running if r.spec_token_ids]
         sizes = [self.tree_sizes(request) for request in drafting]
-        most = self.tree[0]
+        most, _ = self.full_sizes
         if drafting and self.trees_share:
             budget = tree_budget(most, self.input_tokens)
             most = tree_share([tree for tree, _ in sizes], budget)

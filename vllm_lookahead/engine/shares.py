@@ -27,7 +27,7 @@ def tree_budget(widest: int, max_num_tokens: int) -> int:
 def tree_share(sizes: Sequence[int], budget: int) -> int:
     """The most nodes of a tree, so that all of them together fit a budget.
 
-    What small trees leave is the others'.
+    What small trees leave goes to larger ones.
 
     Args:
         sizes: T of each request that drafts, at least one.

@@ -5,22 +5,22 @@ Where a step is compute-bound, a drafted token costs time whether or not it is
 accepted, and an accepted one must be sampled. With t the time that steps take now, E
 the tokens they emit, c the time one more token takes and d that of one more emitted,
 drafting a token that is accepted with probability v raises E / t only if
-v / (c + v * d) > E / t. All are measured while serving: c and d by regression of step
-time, and v by what the chances that `draft` gives have come to. So trees
-shrink, to nothing if need be, as batches grow.
+v > c * E / (t - d * E). All are measured while serving: c and d by regression of step
+time; and v is the drafter's chance times the share of promised drafts that were kept.
+So trees shrink, to nothing if need be, as batches grow.
 """
 
 import numpy as np
 import torch
 
-# Accepted drafts that were promised and those that were, before any was seen.
+# Drafts promised to be accepted and those that were, before any was seen.
 _PRIOR_PROMISED, _PRIOR_KEPT = 20.0, 15.0
 # Assumed before any was measured: the time of one more token fed, and of one more
 # emitted, as parts of a step's time per request. It weighs as much as so many steps
 # whose number of tokens is one off the mean.
 _PRIOR_COSTS, _PRIOR_STEPS = np.array([0.03, 0.0]), 20.0
 _MIN_COSTS = np.array([0.002, 0.0])
-# There is an end to it where tokens are free.
+# Where tokens are free: a node that is as unlikely is not worth its bookkeeping.
 _LEAST = 0.005
 # Steps after which an observation counts half as much as a new one.
 _HALF_LIFE = 500
