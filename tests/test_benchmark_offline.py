@@ -41,7 +41,7 @@ def test_the_others_go_on(offline, lives):
     engines = {"plain": FakeEngine(9), "ngram": FakeEngine(lives)}
     dying = engines["ngram"]
     args = argparse.Namespace(
-        data_dir=None, num_prompts=2, max_tokens=2, batch_size=1, repeats=2
+        data_dir=None, chat=False, num_prompts=2, max_tokens=2, batch_size=1, repeats=2
     )
     args.seed, args.min_distinct = 0, 0.0
     cell = offline["Cell"](str(BENCHMARKS / "python_prompts.jsonl"), 0.0)

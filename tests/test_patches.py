@@ -114,7 +114,7 @@ def test_the_config_adds_the_sizes() -> None:
     upstream = {field.name for field in dataclasses.fields(SpeculativeConfig)}
     assert {"method", "num_speculative_tokens"} <= upstream
     own = {field.name for field in dataclasses.fields(LookaheadConfig)} - upstream
-    assert own == {"window_size", "ngram_size", "verification_set_size"}
+    assert own == {"window_size", "ngram_size", "verification_set_size", "node_budget"}
 
 
 def test_model_kinds_can_be_told_apart() -> None:
