@@ -58,11 +58,29 @@ def assert_same_draft(
     nearly_all = poison_table(batch, pages.block_size, ahead=-1)
     hints = poisoned_hints(hints)
     own, own_chances = AnySizeTritonOps().draft(pages, nearly_all, hints, g, weights)
-    assert_same_trees(tree, own)
-    for name in COLUMNS:
-        assert torch.equal(getattr(tree, name), getattr(own, name)), name
     torch.testing.assert_close(own_chances, chances, rtol=1e-4, atol=1e-6)
+    if any(not torch.equal(getattr(tree, c), getattr(own, c)) for c in COLUMNS):
+        assert_same_but_for_ties(tree, chances, own, own_chances)
+    else:
+        assert_same_trees(tree, own)
     return tree, chances
+
+
+def assert_same_but_for_ties(
+    tree: DraftTree, chances: torch.Tensor, own: DraftTree, own_chances: torch.Tensor
+) -> None:
+    """Nodes whose steps are the same in another order are as likely but for rounding.
+
+    float32 may put them the other way round, and at the end of a tree take the other.
+    """
+    assert torch.equal(tree.num_nodes, own.num_nodes)
+    assert torch.equal(tree.kinds, own.kinds)
+    theirs, ours = by_path(tree, chances), by_path(own, own_chances)
+    for path in theirs.keys() & ours.keys():
+        assert ours[path] == pytest.approx(theirs[path], rel=1e-4)
+    for path in theirs.keys() ^ ours.keys():
+        least = min(x for other, x in theirs.items() if other[0] == path[0])
+        assert (theirs | ours)[path] == pytest.approx(least, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", SHAPES)
