@@ -11,7 +11,7 @@ from tests.core.equivalence import Shape, random_state
 from tests.kernels.build import POISON, poison_table
 from vllm_lookahead.core.batch import Request, RequestBatch
 from vllm_lookahead.core.draft import index as reference
-from vllm_lookahead.core.pages import CONTEXT, EMPTY, BlockPages
+from vllm_lookahead.core.pages import CONTEXT, EMPTY, BlockPages, until_empty
 from vllm_lookahead.triton_kernels import index
 from vllm_lookahead.triton_kernels.index import HISTORY, IndexTables, file_contexts
 
@@ -37,10 +37,6 @@ def numbers(table: torch.Tensor, epoch: int) -> dict[int, int]:
     }
 
 
-def known(tokens: list[int]) -> list[int]:
-    return tokens[: [*tokens, EMPTY].index(EMPTY)]
-
-
 def text_filed(pages: BlockPages, request: Request, found: dict[int, int]) -> Filed:
     """The places that the numbers tell."""
     size, width = pages.ring.shape[1:]
@@ -62,7 +58,7 @@ def answers_filed(pages: BlockPages, request: Request, found: dict[int, int]) ->
     for cell, number in found.items():
         block = request.blocks[number // (2 * kept)]
         entry = pages.answers[block, number % kept].tolist()
-        filed[cell] = known(entry[:CONTEXT]), entry[CONTEXT:]
+        filed[cell] = until_empty(entry[:CONTEXT]), entry[CONTEXT:]
     return filed
 
 

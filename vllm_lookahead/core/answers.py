@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 
 from vllm_lookahead.core.batch import Request, RequestBatch
-from vllm_lookahead.core.pages import CONTEXT, EMPTY, NUM_ANSWERS, BlockPages
+from vllm_lookahead.core.pages import (
+    CONTEXT,
+    EMPTY,
+    NUM_ANSWERS,
+    BlockPages,
+    oldest_first,
+    until_empty,
+)
 from vllm_lookahead.core.tree import CANDIDATE, DraftTree, Node
 from vllm_lookahead.core.verify import Verdict
 
@@ -129,13 +136,12 @@ def read_answers(pages: BlockPages, request: Request) -> list[Answer]:
     """Those of a request's recent blocks, the oldest first."""
     found = []
     for block in pages.recent_blocks(request):
-        count, kept = int(pages.answer_count[block]), pages.answers.shape[1]
-        for at in range(max(0, count - kept), count):
-            entry = pages.answers[block, at % kept].tolist()
-            logprobs = pages.answer_logprobs[block, at % kept].tolist()
-            context, tokens = entry[:CONTEXT], entry[CONTEXT:]
-            known = context[: [*context, EMPTY].index(EMPTY)]
-            found.append(Answer(known, dict(zip(tokens, logprobs, strict=True))))
+        kept = pages.answers.shape[1]
+        for cell in oldest_first(pages.answer_count[block], kept):
+            entry = pages.answers[block, cell].tolist()
+            logprobs = pages.answer_logprobs[block, cell].tolist()
+            said = dict(zip(entry[CONTEXT:], logprobs, strict=True))
+            found.append(Answer(until_empty(entry[:CONTEXT]), said))
     return found
 
 

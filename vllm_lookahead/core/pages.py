@@ -12,6 +12,7 @@ last token whose K/V is final. A page that is stale costs speed, never a
 token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,14 +108,23 @@ class BlockPages:
 
     def ngrams(self, block: int) -> list[list[int]]:
         """A block's ring, oldest first: (token before the key, key, values) each."""
-        count, ring = int(self.ring_count[block]), self.ring[block].tolist()
-        kept = range(max(0, count - len(ring)), count)
-        return [ring[at % len(ring)] for at in kept]
+        ring = self.ring[block].tolist()
+        return [ring[cell] for cell in oldest_first(self.ring_count[block], len(ring))]
 
     def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Pages follow their blocks when vLLM copies K/V. src, dst: [n] int64."""
         for page in vars(self).values():
             page[dst] = page[src]
+
+
+def oldest_first(count: int | torch.Tensor, size: int) -> list[int]:
+    """Cells of a ring of so many, into which `count` entries were ever put."""
+    return [at % size for at in range(max(0, int(count) - size), int(count))]
+
+
+def until_empty(tokens: Sequence[int]) -> list[int]:
+    """The first tokens, as far as they are known."""
+    return list(tokens[: [*tokens, EMPTY].index(EMPTY)])
 
 
 def num_recent_blocks(block_size: int) -> int:

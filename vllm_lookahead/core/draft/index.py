@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 from vllm_lookahead.core.answers import read_answers
 from vllm_lookahead.core.batch import Request
-from vllm_lookahead.core.pages import CONTEXT, EMPTY, BlockPages, num_recent_blocks
+from vllm_lookahead.core.pages import (
+    CONTEXT,
+    EMPTY,
+    BlockPages,
+    num_recent_blocks,
+    until_empty,
+)
 
 # Cells of a table: eight for each token of text that there is room for, within bounds,
 # for a place takes up to three.
@@ -85,20 +91,24 @@ def answer_index(pages: BlockPages, request: Request) -> Index:
 
 def context_at(tokens: Sequence[int], at: int) -> list[int]:
     """The last tokens up to a place, the nearest first, as far as they are known."""
-    context = list(tokens[max(0, at + 1 - CONTEXT) : at + 1])[::-1]
-    return context[: [*context, EMPTY].index(EMPTY)]
+    return until_empty(tokens[max(0, at + 1 - CONTEXT) : at + 1][::-1])
 
 
 def num_cells(max_tokens: int) -> int:
     """Of a table that files so many tokens: a power of two."""
-    return min(max(MIN_CELLS, 1 << (8 * max_tokens - 1).bit_length()), MAX_CELLS)
+    return _power_of_two(8 * max_tokens, MIN_CELLS, MAX_CELLS)
 
 
 def num_answer_cells(pages: BlockPages, max_blocks: int) -> int:
     """Of a table that files the answers of a request of so many blocks."""
     blocks = min(max_blocks, num_recent_blocks(pages.block_size))
-    cells = 1 << (4 * blocks * pages.answers.shape[1] - 1).bit_length()
-    return min(max(MIN_ANSWER_CELLS, cells), MAX_ANSWER_CELLS)
+    places = blocks * pages.answers.shape[1]
+    return _power_of_two(4 * places, MIN_ANSWER_CELLS, MAX_ANSWER_CELLS)
+
+
+def _power_of_two(least: int, low: int, high: int) -> int:
+    """The next one up, within bounds."""
+    return min(max(low, 1 << (least - 1).bit_length()), high)
 
 
 def cell_of(context: Sequence[int], num_cells: int) -> int:
