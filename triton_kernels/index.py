@@ -129,15 +129,22 @@ def _file(
 
 
 @triton.jit
-def _ring_place(put, column, SIZE: tl.constexpr):
-    """Of a ring's entry, oldest first: whether it is there, and its number.
-
-    Args:
-        put: entries ever put into the ring.
-        column: 0 to SIZE - 1.
-    """
+def _ring_entry(
+    count_ptr,  # [num_blocks] int32, entries ever put into each block's ring
+    table_ptr,  # [max_blocks] int32 of this request
+    first_block,  # logical
+    entry,  # of the rings from that block on, oldest first
+    SIZE: tl.constexpr,  # of a ring
+):
+    """Whether the entry is there, its block's ring, and its number."""
+    live = entry >= 0
+    logical = first_block + entry // SIZE
+    block = tl.load(table_ptr + logical, mask=live, other=0).to(tl.int64)
+    put = tl.load(count_ptr + block, mask=live, other=0)
     oldest = tl.maximum(put - SIZE, 0)
-    return oldest + column < put, oldest % SIZE + column
+    column = entry % SIZE
+    number = logical * (2 * SIZE) + oldest % SIZE + column
+    return live & (oldest + column < put), block, number
 
 
 @jit
@@ -208,15 +215,11 @@ def _file_kernel(
         total = num_recent * RING_SIZE
         for start in range(first, total, step):
             entry = total - 1 - start - offset
-            live = entry >= 0
-            logical = oldest + entry // RING_SIZE
-            block = tl.load(table_ptr + logical, mask=live, other=0).to(tl.int64)
-            put = tl.load(ring_count_ptr + block, mask=live, other=0)
-            kept, number = _ring_place(put, entry % RING_SIZE, RING_SIZE)
-            live = live & kept
-            cell = block * RING_SIZE + number % RING_SIZE
-            number = (logical * (2 * RING_SIZE) + number) * WIDTH
-            gram_ptr = ring_ptr + cell * WIDTH
+            live, block, number = _ring_entry(
+                ring_count_ptr, table_ptr, oldest, entry, RING_SIZE
+            )
+            gram_ptr = ring_ptr + (block * RING_SIZE + number % RING_SIZE) * WIDTH
+            number *= WIDTH
             far = tl.full([BLOCK], NO_TOKEN, tl.int32)
             middle = tl.load(gram_ptr, mask=live, other=NO_TOKEN)
             near = tl.load(gram_ptr + 1, mask=live, other=NO_TOKEN)
@@ -230,24 +233,17 @@ def _file_kernel(
                 middle = near
                 near = following
 
-    if KEPT > 0:
-        total = num_recent * KEPT
-        for start in range(first, total, step):
-            entry = total - 1 - start - offset
-            live = entry >= 0
-            logical = oldest + entry // KEPT
-            block = tl.load(table_ptr + logical, mask=live, other=0).to(tl.int64)
-            put = tl.load(answer_count_ptr + block, mask=live, other=0)
-            kept, number = _ring_place(put, entry % KEPT, KEPT)
-            live = live & kept
-            answer_ptr = answers_ptr + (block * KEPT + number % KEPT) * ANSWER
-            near = tl.load(answer_ptr, mask=live, other=NO_TOKEN)
-            middle = tl.load(answer_ptr + 1, mask=live, other=NO_TOKEN)
-            far = tl.load(answer_ptr + 2, mask=live, other=NO_TOKEN)
-            number = logical * (2 * KEPT) + number
-            _file(
-                answer_cells_ptr, near, middle, far, live, number, epoch, ANSWER_CELLS
-            )
+    total = num_recent * KEPT
+    for start in range(first, total, step):
+        entry = total - 1 - start - offset
+        live, block, number = _ring_entry(
+            answer_count_ptr, table_ptr, oldest, entry, KEPT
+        )
+        answer_ptr = answers_ptr + (block * KEPT + number % KEPT) * ANSWER
+        near = tl.load(answer_ptr, mask=live, other=NO_TOKEN)
+        middle = tl.load(answer_ptr + 1, mask=live, other=NO_TOKEN)
+        far = tl.load(answer_ptr + 2, mask=live, other=NO_TOKEN)
+        _file(answer_cells_ptr, near, middle, far, live, number, epoch, ANSWER_CELLS)
 
 
 def file_contexts(
