@@ -6,7 +6,7 @@ request that drafts with N-1 placeholders, which the worker expands into T nodes
 leaves them room: input tokens and K/V slots. Metrics and rollback are then vLLM's own.
 """
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -25,6 +25,22 @@ if TYPE_CHECKING:
     from vllm_lookahead.engine.config import LookaheadConfig
 
 PLACEHOLDER = -1
+
+
+class TreeRoom(NamedTuple):
+    """What a request's tree may take in the next step.
+
+    Attributes:
+        whole: T of the request.
+        verified: the root and the candidates among them.
+        scheduled: the root and the placeholders.
+        nodes: that the tree may have.
+    """
+
+    whole: int
+    verified: int
+    scheduled: int
+    nodes: int
 
 
 class LookaheadScheduler(Scheduler):
@@ -55,8 +71,7 @@ class LookaheadScheduler(Scheduler):
         # Only the GPU engine's trees share a step's tokens.
         worker = self.vllm_config.parallel_config.worker_cls
         self.trees_share = worker == V2_WORKER
-        # Nodes of each tree of the next step, by request id.
-        self.nodes: dict[str, int] = {}
+        self.rooms: dict[str, TreeRoom] = {}  # of the next step, by request id
         manager: Any = self.kv_cache_manager
         self._allocate_slots = manager.allocate_slots
         manager.allocate_slots = self.allocate_slots
@@ -95,7 +110,7 @@ class LookaheadScheduler(Scheduler):
         if drafting and self.trees_share:
             budget = tree_budget(most, self.input_tokens)
             most = tree_share([tree for tree, _ in sizes], budget)
-        self.nodes.clear()
+        self.rooms.clear()
         free, wanted = self.input_tokens, 0
         for request, (tree, verified) in zip(drafting, sizes, strict=True):
             nodes = nodes_within(tree, verified, most)
@@ -103,11 +118,12 @@ class LookaheadScheduler(Scheduler):
             if len(request.spec_token_ids) >= nodes:
                 request.spec_token_ids = request.spec_token_ids[: nodes - 1]
             scheduled = 1 + len(request.spec_token_ids)
-            self.nodes[request.request_id] = nodes
+            room = TreeRoom(tree, verified, scheduled, nodes)
+            self.rooms[request.request_id] = room
             free -= scheduled
             wanted += nodes - scheduled
-        room = min(wanted, max(0, free) // 2)
-        self.max_num_scheduled_tokens = min(self.token_limit, self.input_tokens - room)
+        kept = min(wanted, max(0, free) // 2)
+        self.max_num_scheduled_tokens = min(self.token_limit, self.input_tokens - kept)
 
     def max_nodes(self, output: SchedulerOutput) -> dict[str, int]:
         """Nodes of each tree of a step, as many as there are input tokens left for."""
@@ -115,14 +131,17 @@ class LookaheadScheduler(Scheduler):
         drafting = output.scheduled_spec_decode_tokens
         fed: dict[str, int] = {}
         for request_id, placeholders in drafting.items():
-            most = scheduled = 1 + len(placeholders)
+            scheduled, room = 1 + len(placeholders), self.rooms.get(request_id)
+            if room is None:  # vLLM gave placeholders to a request that enters
+                sizes = self.tree_sizes(self.requests[request_id])
+                room = TreeRoom(*sizes, scheduled, scheduled)
             share = spare // (len(drafting) - len(fed))
-            request = self.requests[request_id]
             # Where fewer than N tokens may come out, vLLM cut the placeholders. A tree
             # of as many nodes is no deeper than that.
-            if scheduled > self.num_drafts(request):
-                most = min(self.nodes.get(request_id, scheduled), scheduled + share)
-            fed[request_id] = nodes_within(*self.tree_sizes(request), most)
+            most = scheduled
+            if scheduled == room.scheduled:
+                most = min(room.nodes, scheduled + share)
+            fed[request_id] = nodes_within(room.whole, room.verified, most)
             spare -= max(0, fed[request_id] - scheduled)
         return fed
 
@@ -132,15 +151,16 @@ class LookaheadScheduler(Scheduler):
         No request is preempted for what another's tree would hold beside its
         placeholders.
         """
-        scheduled = 1 + len(request.spec_token_ids)
-        extra = self.nodes.get(request.request_id, 0) - scheduled
-        kwargs["num_lookahead_tokens"] = max(0, extra)
+        room = self.rooms.get(request.request_id)
+        extra = room.nodes - room.scheduled if room else 0
+        kwargs["num_lookahead_tokens"] = extra
         slots = self._allocate_slots(request, *args, **kwargs)
-        if slots is None and extra > 0:
+        if slots is None and room and extra:
             kwargs["num_lookahead_tokens"] = 0
             slots = self._allocate_slots(request, *args, **kwargs)
             if slots is not None:
-                self.nodes[request.request_id] = scheduled
+                narrow = room._replace(nodes=room.scheduled)
+                self.rooms[request.request_id] = narrow
         return slots
 
     def num_drafts(self, request: Request) -> int:

@@ -184,14 +184,13 @@ class LookaheadModelRunner(BaseModelRunner):
         index = self.req_states.req_id_to_index
         cached = narrow.scheduled_cached_reqs
         # vLLM's warm-up does without our scheduler.
-        max_nodes = getattr(
-            narrow, "max_nodes", {r: 1 + len(d) for r, d in drafts.items()}
-        )
+        max_nodes: Mapping[str, int] = getattr(narrow, "max_nodes", {})
         for req_id, computed in zip(
             cached.req_ids, cached.num_computed_tokens, strict=True
         ):
             if placeholders := drafts.get(req_id):
-                most = min(max_nodes[req_id], self.max_model_len - computed)
+                most = max_nodes.get(req_id, 1 + len(placeholders))
+                most = min(most, self.max_model_len - computed)
                 nodes = self.sizes.num_nodes(index[req_id], most)
                 num_tokens[req_id] = nodes
                 if nodes > 1:
