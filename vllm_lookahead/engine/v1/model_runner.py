@@ -211,6 +211,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
                 self.idle_generators[i] = generators.pop(i)
         if self.step is None:
             return super()._sample(logits, spec_decode_metadata)
+        logits = logits.float()  # once: rows are ranked as well as sampled
         output, sampled, verdict = sample_along_trees(
             self, self.ops, self.params, self.step, logits
         )

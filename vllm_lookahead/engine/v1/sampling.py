@@ -46,7 +46,7 @@ def sample_along_trees(
         ops: to walk the trees with.
         sizes: the server's.
         step: the trees.
-        logits: [rows, vocab_size], laid out as `step.flat.logits_indices`.
+        logits: [rows, vocab_size] float32, laid out as `step.flat.logits_indices`.
 
     Returns:
         output: tokens as [num_requests, N], -1 beyond the emitted ones.
@@ -56,7 +56,7 @@ def sample_along_trees(
     """
     metadata = runner.input_batch.sampling_metadata
     if takes_argmax(metadata):
-        best = runner.sampler.greedy_sample(logits.float()).long()
+        best = runner.sampler.greedy_sample(logits).long()
         sampled = _by_node(best, step)
         verdict = ops.verify(step.tree, sampled, sizes.ngram_size)
         tokens = torch.full((step.num_requests, verdict.tokens.shape[1]), EMPTY)
@@ -190,7 +190,7 @@ def _draw_along(
         while len(walk.alive):
             row = torch.from_numpy(walk.logits_row[walk.alive])
             drawn, _ = runner.sampler.sample(
-                logits.index_select(0, row).float(),
+                logits.index_select(0, row),
                 _at_level(metadata, walk.alive, num_requests),
             )
             walk.advance(drawn.long().numpy())
