@@ -186,11 +186,13 @@ def measure(
 
     An engine that dies moves from `engines` to `not_run`; the others go on.
     """
+    texts: list[Any]
     texts = prompt_sets.load(cell.dataset, args.data_dir, args.num_prompts)
     if args.chat:
-        texts = prompt_sets.as_chats(texts, args.model)
+        chats = prompt_sets.as_chats(texts, args.model)
+        texts = [{"prompt_token_ids": tokens} for tokens in chats]
 
-    def job(texts: list[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    def job(texts: list[Any], extra: dict[str, Any] | None = None) -> dict[str, Any]:
         params = {
             "max_tokens": args.max_tokens,
             "temperature": cell.temperature,

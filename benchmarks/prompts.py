@@ -50,19 +50,19 @@ def load(dataset: str, data_dir: str | None, limit: int) -> list[str]:
     return prompts
 
 
-def as_chats(prompts: list[str], model: str) -> list[str]:
-    """The prompts as a user's first turns, by the model's chat template."""
+def as_chats(prompts: list[str], model: str) -> list[list[int]]:
+    """Tokens of the prompts as a user's first turns, by the model's chat template."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
+    chats = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True
         )
-        for prompt in prompts
-    ]
+        chats.append(list(encoded["input_ids"]))
+    return chats
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -115,13 +115,8 @@ def oracles(
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    prompts = []
-    for text in prompt_sets.load(dataset, data_dir, num_prompts):
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        prompts.append(list(ids))
+    texts = prompt_sets.load(dataset, data_dir, num_prompts)
+    prompts = prompt_sets.as_chats(texts, path)
     name = Path(path).name
     file = CACHE / f"{name}-{dataset}-{temperature:g}-{max_tokens}.pt"
     records = load_records(model, prompts, max_tokens, temperature, file)
