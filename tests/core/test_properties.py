@@ -24,6 +24,7 @@ from vllm_lookahead.core.mask import ancestors
 from vllm_lookahead.core.pages import CONTEXT, EMPTY
 from vllm_lookahead.core.step import LookaheadOps
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
+from vllm_lookahead.core.verify import Verdict
 from vllm_lookahead.params import LookaheadParams
 
 examples = settings(max_examples=60, deadline=None, derandomize=True)
@@ -52,6 +53,15 @@ def drafted(
     state = random_state(shape, seed)
     hints = random_hints(shape, state.n, seed)
     return state, *ops.draft(state.pages, state.batch, hints, state.g)
+
+
+def verified(
+    ops: LookaheadOps, shape: Shape, seed: int
+) -> tuple[State, DraftTree, torch.Tensor, Verdict]:
+    """Those, with random samples after the nodes, and what is emitted of them."""
+    state, tree, _ = drafted(ops, shape, seed)
+    sampled = random_samples(tree, shape.vocab, seed)
+    return state, tree, sampled, ops.verify(tree, sampled, state.n)
 
 
 def known_pairs(state: State, b: int, bigrams: torch.Tensor) -> set[tuple[int, int]]:
@@ -118,10 +128,8 @@ def test_a_draft_is_a_tree_of_what_is_known_to_follow(ops, shape, seed):
 @examples
 @given(shape=shapes, seed=seeds)
 def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
-    state, tree, _ = drafted(ops, shape, seed)
+    state, tree, sampled, verdict = verified(ops, shape, seed)
     batch, pages, size = state.batch, state.pages, state.pages.block_size
-    sampled = random_samples(tree, shape.vocab, seed)
-    verdict = ops.verify(tree, sampled, state.n)
     before = clone_pages(pages)
     ops.update(pages, batch, tree, sampled, verdict)
 
@@ -162,10 +170,8 @@ def test_an_update_writes_only_what_is_its_own(ops, shape, seed):
 @examples
 @given(shape=shapes, seed=seeds)
 def test_answers_are_kept_in_the_new_tail_block_alone(ops, shape, seed):
-    state, tree, _ = drafted(ops, shape, seed)
+    state, tree, sampled, verdict = verified(ops, shape, seed)
     batch, pages, size = state.batch, state.pages, state.pages.block_size
-    sampled = random_samples(tree, shape.vocab, seed)
-    verdict = ops.verify(tree, sampled, state.n)
     ops.update(pages, batch, tree, sampled, verdict)
     before = clone_pages(pages)
     answers = random_answers(tree, shape.vocab, seed)
@@ -198,9 +204,7 @@ def test_answers_are_kept_in_the_new_tail_block_alone(ops, shape, seed):
 @examples
 @given(shape=shapes, seed=seeds)
 def test_a_verdict_is_a_path_of_matches(ops, shape, seed):
-    state, tree, _ = drafted(ops, shape, seed)
-    sampled = random_samples(tree, shape.vocab, seed)
-    verdict = ops.verify(tree, sampled, state.n)
+    state, tree, sampled, verdict = verified(ops, shape, seed)
     trees = tree.nodes()
     assert_verdict(verdict, trees, sampled, state.n)
     for b, nodes in enumerate(trees):
@@ -244,10 +248,8 @@ def test_a_node_sees_its_ancestors(sizes, rng):
 @examples
 @given(shape=shapes, seed=seeds)
 def test_compaction_keeps_other_slots(ops, shape, seed):
-    state, tree, _ = drafted(ops, shape, seed)
+    state, tree, sampled, verdict = verified(ops, shape, seed)
     batch, size = state.batch, state.pages.block_size
-    sampled = random_samples(tree, shape.vocab, seed)
-    verdict = ops.verify(tree, sampled, state.n)
     torch.manual_seed(0)
     caches = random_caches(len(state.pages.tokens), size)
     expected = [cache.clone() for cache in caches]

@@ -38,9 +38,7 @@ def page_arrays(pages: BlockPages) -> list[np.ndarray]:
     """The tensors of `pages`, which are never replaced, only written."""
     if pages not in _PAGE_ARRAYS:
         _PAGE_ARRAYS[pages] = [
-            output_array(
-                page, getattr(torch, "float32" if "logprobs" in name else "int32")
-            )
+            output_array(page, torch.float32 if "logprobs" in name else torch.int32)
             for name, page in vars(pages).items()
         ]
     return _PAGE_ARRAYS[pages]

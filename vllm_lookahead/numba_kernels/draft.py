@@ -125,7 +125,8 @@ def _file_text(
 
 @kernel
 def _file_answers(answers, answer_count, table, first, end, cells):
-    """`core.draft.index.answer_index`; a place is block times A, and a cell."""
+    """`core.draft.index.answer_index`; a place is A times the logical
+    block, and a cell."""
     kept = answers.shape[1]
     cells[:] = EMPTY
     for logical in range(first, end):
