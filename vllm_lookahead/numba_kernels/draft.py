@@ -108,25 +108,31 @@ def _file_text(
                     if following != EMPTY:
                         _file(cells, context, place)
     context[:] = EMPTY
-    page = 0
-    for at in range(position):
-        if at % block_size == 0:
-            page = table[at // block_size]
-        for i in range(CONTEXT - 1, 0, -1):
-            context[i] = context[i - 1]
-        context[0] = tokens[page, at % block_size]
-        following = root
-        if at + 1 < position:
-            next_page = table[(at + 1) // block_size]
-            following = tokens[next_page, (at + 1) % block_size]
-        if following != EMPTY:
-            _file(cells, context, at)
+    for first in range(0, position, block_size):
+        page = tokens[table[first // block_size]]
+        length = min(block_size, position - first)
+        following = page[0]
+        for offset in range(length):
+            for i in range(CONTEXT - 1, 0, -1):
+                context[i] = context[i - 1]
+            context[0] = following
+            at = first + offset
+            if at + 1 == position:
+                following = root
+            elif offset + 1 < length:
+                following = page[offset + 1]
+            else:
+                following = tokens[table[(at + 1) // block_size], 0]
+            if following != EMPTY:
+                _file(cells, context, at)
 
 
 @kernel
 def _file_answers(answers, answer_count, table, first, end, cells):
-    """`core.draft.index.answer_index`; a place is A times the logical
-    block, and a cell."""
+    """`core.draft.index.answer_index`.
+
+    A place is A times the logical block, and a cell.
+    """
     kept = answers.shape[1]
     cells[:] = EMPTY
     for logical in range(first, end):
