@@ -25,8 +25,7 @@ def trees(request: pytest.FixtureRequest) -> StepTrees:
     hints = random_hints(shape, state.n, seed=0)
     tree, chances = ReferenceOps.draft(state.pages, state.batch, hints, state.g)
     flat = lay_out(tree, state.batch, REQUESTS, NUM_TOKENS, 10_000)
-    promised = float(chances.sum())
-    return StepTrees(["a", "b", "c"], REQUESTS, state.batch, tree, flat, promised)
+    return StepTrees(["a", "b", "c"], REQUESTS, state.batch, tree, flat, chances)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ import torch
 from vllm_lookahead.core.answers import Answers
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.estimate import Hints
+from vllm_lookahead.core.draft.forest import NUM_BINS, Worth
 from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.numba_kernels import (
@@ -16,6 +17,7 @@ from vllm_lookahead.numba_kernels import (
     attention,
     compact,
     draft,
+    forest,
     mask,
     update,
     verify,
@@ -74,7 +76,9 @@ def warm_up(
         noise=cpu_noise,
         least=0.5,
     )
-    tree, _ = ops.draft(pages, batch, hints, params.verification_set_size)
+    tree, chances = ops.draft(pages, batch, hints, params.verification_set_size)
+    bins, node_seconds = np.ones(NUM_BINS), np.ones(1 + chances.numel())
+    forest.cut(tree, chances, Worth(bins, node_seconds, 0.0, 1.0))
     tree_rows = attention.TreeRows(
         np.zeros(1, np.int64),
         tree.num_nodes.numpy(),
@@ -89,6 +93,7 @@ def warm_up(
     cache = torch.zeros(1, 1, blocks * block_size, 2 * lanes)
     attention.tree_attention(query, cache, tree_rows, 1.0, query.clone())
     verdict = ops.verify(tree, torch.zeros_like(tree.tokens), params.ngram_size)
+    forest.count_kept(chances, verdict, bins, bins.copy())
     ops.compact([], batch, verdict, block_size)
     slot = np.zeros((2, 1), np.int64)
     compact.move_slots(caches, *slot)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft for a step: gather what is known, size the trees, grow them, lay them out."""
+"""Draft for a step: gather what is known, grow trees, cut them, lay them out."""
 
 import time
 from typing import Any
@@ -13,9 +13,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.estimate import Hints
 from vllm_lookahead.core.draft.noise import cpu_noise
-from vllm_lookahead.core.draft.price import DraftSizePolicy
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
+from vllm_lookahead.engine.v1.forest import Forest
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
 from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.layout import (
@@ -37,15 +37,23 @@ class TreeDrafter:
         bigrams: [V, R] int32, see `core.draft.bigrams`; V is 0 before the model was
             asked.
         bigram_logprobs: [V, R] float32 of them.
-        policy: how likely a node must be to be worth its time.
+        forest: what is fed of the drafts.
     """
 
-    def __init__(self, server: LookaheadParams, ops: NumbaOps) -> None:
+    def __init__(
+        self, server: LookaheadParams, ops: NumbaOps, max_num_tokens: int
+    ) -> None:
+        """
+        Args:
+            server: as the attribute.
+            ops: to draft with.
+            max_num_tokens: of a step.
+        """
         self.server, self.ops = server, ops
         self.sizes: dict[str, LookaheadParams] = {}
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
         self.bigram_logprobs = torch.zeros(0, 0)
-        self.policy = DraftSizePolicy()
+        self.forest = Forest(max_num_tokens)
         self._step_start = time.perf_counter()
 
     def add_request(self, request_id: str, sampling: SamplingParams | None) -> None:
@@ -57,21 +65,17 @@ class TreeDrafter:
         self.sizes.pop(request_id, None)
 
     def start_step(self, last: StepTrees | None) -> None:
-        """Learn from the step that ends now what a node costs, if it had trees only."""
+        """Learn from the step that ends now, if it had trees only, what nodes cost."""
         now, start = time.perf_counter(), self._step_start
         self._step_start = now
         if last is None or last.verdict is None or not last.only_decodes:
             return
-        has_learned = self.policy.observe_step(
-            now - start,
-            last.num_requests,
-            last.num_tokens,
-            int(last.verdict.num_emitted.sum()),
-            last.promised,
+        has_learned = self.forest.observe_step(
+            now - start, last.num_tokens, last.chances, last.verdict
         )
         if has_learned and get_tp_group().world_size > 1:
-            # Every rank must draft the same, and each has a clock of its own.
-            get_tp_group().broadcast(self.policy.least)
+            # Every rank must feed the same, and each has a clock of its own.
+            get_tp_group().broadcast(self.forest.step_time.learned)
 
     def draft(
         self,
@@ -103,7 +107,7 @@ class TreeDrafter:
             self.bigram_logprobs,
             *upcoming_noise(runner, requests, self.server.ngram_size - 1),
             cpu_noise,
-            float(self.policy.least),
+            self.forest.least,
         )
         most = self.server.verification_set_size
         tree, chances = self.ops.draft(pages, batch, hints, most)
@@ -111,6 +115,8 @@ class TreeDrafter:
         scheduled = output.num_scheduled_tokens
         placeholders = output.scheduled_spec_decode_tokens
         num_tokens = np.array([scheduled[r] for r in inputs.req_ids])
+        num_other = int(num_tokens.sum() - num_tokens[requests].sum())
+        self.forest.cut(tree, chances, len(num_tokens), num_other)
         flat = lay_out(tree, batch, requests, num_tokens, runner.max_model_len)
         num_logits = np.diff(flat.logits_start)[requests].tolist()
         for b, nodes in enumerate(tree.num_nodes.tolist()):
@@ -118,7 +124,7 @@ class TreeDrafter:
             # vLLM counts a request's logits rows by its drafts.
             placeholders[ids[b]] = [0] * (num_logits[b] - 1)
         output.total_num_scheduled_tokens = int(flat.start[-1])
-        return StepTrees(ids, requests, batch, tree, flat, float(chances.sum()))
+        return StepTrees(ids, requests, batch, tree, flat, chances)
 
     def _wanted(
         self, output: LookaheadSchedulerOutput, inputs: Any

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import (
     CachedRequestData,
@@ -29,6 +30,7 @@ from vllm_lookahead.engine.v1 import linear
 from vllm_lookahead.engine.v1.attention import slot_views
 from vllm_lookahead.engine.v1.drafter import TreeDrafter
 from vllm_lookahead.engine.v1.sampling import sample_along_trees
+from vllm_lookahead.engine.v1.step_time import StepTime, table_of, time_steps
 from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
 from vllm_lookahead.params import LookaheadParams
@@ -63,7 +65,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.is_scheduled_ahead = is_scheduled_ahead
         self.ops = NumbaOps()
         self.pages: BlockPages
-        self.tree_drafter = TreeDrafter(params, self.ops)
+        self.tree_drafter = TreeDrafter(params, self.ops, self.max_num_tokens)
         self.slot_views: list[torch.Tensor] = []
         self.step: StepTrees | None = None
         self.idle_generators: dict[int, torch.Generator] = {}
@@ -101,6 +103,24 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             tables = ask_model(self.model, self.vllm_config, self.device)
             if tables is not None:
                 self.tree_drafter.bigrams, self.tree_drafter.bigram_logprobs = tables
+
+    @torch.inference_mode()
+    def time_steps(self) -> None:
+        """Tell the drafter what a step costs, before there is one."""
+
+        def run(num_tokens: int) -> None:
+            hidden, _ = self._dummy_run(num_tokens)
+            if not self.lora_config:  # its logits know one row per request
+                self.model.compute_logits(hidden[:num_tokens])
+
+        def agree(seconds: float) -> float:
+            return get_tp_group().broadcast_object(seconds, src=0)
+
+        largest = min(
+            self.max_num_tokens, self.max_num_reqs * self.params.max_tree_size
+        )
+        table = table_of(time_steps(run, largest, agree), self.max_num_tokens)
+        self.tree_drafter.forest.step_time = StepTime(table)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any

@@ -27,7 +27,7 @@ class StepTrees:
         requests: [b] int64, i of each.
         batch, tree: the core's view of them.
         flat: where they lie in the runner's batch.
-        promised: drafts that will be accepted, going by their chances.
+        chances: [b, T] float32 of the candidates, 0 elsewhere.
         verdict: of the trees, once sampled.
     """
 
@@ -36,7 +36,7 @@ class StepTrees:
     batch: RequestBatch
     tree: DraftTree
     flat: FlatTrees
-    promised: float
+    chances: torch.Tensor
     verdict: Verdict | None = None
 
     @property

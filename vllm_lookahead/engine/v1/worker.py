@@ -75,7 +75,9 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         self.model_runner.ask_model()
-        return super().compile_or_warm_up_model()
+        took = super().compile_or_warm_up_model()
+        self.model_runner.time_steps()
+        return took
 
     def determine_available_memory(self) -> int:
         """K/V memory, less what the pages take."""
