@@ -15,6 +15,7 @@ from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import NUM_ANSWERS
 from vllm_lookahead.core.tree import WINDOW
 from vllm_lookahead.numba_kernels.ops import NumbaOps
+from vllm_lookahead.numba_kernels.tables import Tables
 from vllm_lookahead.params import MAX_TREE_NODES, LookaheadParams
 
 BLOCK_SIZE = 16
@@ -53,6 +54,7 @@ class Ours:
             room,
             BLOCK_SIZE,
         )
+        self.tables = Tables()
         table = request.alone if alone else request.after
         self.bigrams = torch.from_numpy(table.ids), torch.from_numpy(table.logprobs)
         self.one.write(0, request.prompt)
@@ -83,12 +85,15 @@ class Ours:
     def draft(self, budget: int) -> Tree:
         one = self.one
         self.batch = one.batch(budget)
+        num_blocks = self.batch.block_table.shape[1]
+        self.tables.choose([self], one.pages, num_blocks)
         self.tree, chances = one.ops.draft(
             one.pages,
             self.batch,
             self.hints,
             one.params.verification_set_size,
             self.weights,
+            self.tables,
         )
         size = int(self.tree.num_nodes)
         self.chances = [0.0, *chances[0, 1:size].double().log().tolist()]

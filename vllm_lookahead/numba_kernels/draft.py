@@ -14,7 +14,6 @@ import torch
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.estimate import FLOOR, WEIGHTS, Hints
 from vllm_lookahead.core.draft.grow import BEAM
-from vllm_lookahead.core.draft.index import num_answer_cells, num_cells
 from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.draft.window import SEED_STRIDE
 from vllm_lookahead.core.pages import (
@@ -27,6 +26,7 @@ from vllm_lookahead.core.pages import (
 from vllm_lookahead.core.tree import CANDIDATE, ROOT, WINDOW, DraftTree
 from vllm_lookahead.numba_kernels.arrays import array, batch_arrays, page_arrays
 from vllm_lookahead.numba_kernels.jit import kernel
+from vllm_lookahead.numba_kernels.tables import Tables
 from vllm_lookahead.params import LookaheadParams
 
 
@@ -90,12 +90,12 @@ def _text_context(tokens, ring, table, root, position, place, context):
 
 @kernel
 def _file_text(
-    tokens, ring, ring_count, table, position, root, first_block, context, cells
+    tokens, ring, ring_count, table, position, root, first_block, context, start, cells
 ):
-    """`core.draft.index.text_index`."""
+    """`core.draft.index.text_index`, of places from `start` on."""
     block_size, ring_size, width = tokens.shape[1], ring.shape[1], ring.shape[2]
-    cells[:] = EMPTY
-    if ring_size > 0:
+    if start == 0:
+        cells[:] = EMPTY
         for logical in range(first_block, (position + block_size - 1) // block_size):
             count = ring_count[table[logical]]
             for order in range(max(0, count - ring_size), count):
@@ -108,11 +108,14 @@ def _file_text(
                     if following != EMPTY:
                         _file(cells, context, place)
     context[:] = EMPTY
-    for first in range(0, position, block_size):
+    for i in range(min(CONTEXT - 1, start)):
+        at = start - 1 - i
+        context[i] = tokens[table[at // block_size], at % block_size]
+    for first in range(start - start % block_size, position, block_size):
         page = tokens[table[first // block_size]]
         length = min(block_size, position - first)
-        following = page[0]
-        for offset in range(length):
+        following = page[max(0, start - first)]
+        for offset in range(max(0, start - first), length):
             for i in range(CONTEXT - 1, 0, -1):
                 context[i] = context[i - 1]
             context[0] = following
@@ -128,19 +131,19 @@ def _file_text(
 
 
 @kernel
-def _file_answers(answers, answer_count, table, first, end, cells):
-    """`core.draft.index.answer_index`.
+def _file_answers(answers, answer_count, table, first, end, start, cells):
+    """`core.draft.index.answer_index`, of the block `first` from its answer `start` on.
 
     A place is A times the logical block, and a cell.
     """
     kept = answers.shape[1]
-    cells[:] = EMPTY
     for logical in range(first, end):
         page = table[logical]
         count = answer_count[page]
-        for order in range(max(0, count - kept), count):
+        for order in range(max(start, count - kept), count):
             cell = order % kept
             _file(cells, answers[page, cell], logical * kept + cell)
+        start = 0
 
 
 @kernel
@@ -317,22 +320,23 @@ def _draft_kernel(
     floor,  # constants are arguments: a change would not reach a cached kernel
     beam,
     least,
-    num_text_cells,
-    num_answer_cells,
     recent,  # blocks whose n-grams and answers are read
+    text_table,  # [rows, cells] int32, what is filed; in and out, as the next two
+    answer_table,  # [rows, cells] int32
+    filed,  # [rows, 3] int64: tokens, last block and its answers that are filed
+    rows,  # [B] int64, of the tables
     columns,  # [4, B, T] int32 out: tokens, parents, depths, kinds
     num_nodes,  # [B] int32 out
     chances,  # [B, T] float32 out
 ):
     size, most_next = columns.shape[2], 1 + NUM_ANSWERS + bigrams.shape[1]
     block_size = tokens.shape[1]
-    text_cells = np.empty(num_text_cells, np.int32)
-    answer_cells = np.empty(num_answer_cells, np.int32)
     next_tokens, next_chances = np.empty(most_next, np.int32), np.empty(most_next)
     # Of all nodes grown, level by level; the root first.
     grown_tokens, grown_parents = np.empty(size, np.int32), np.empty(size, np.int32)
     grown_depths, grown_chances = np.empty(size, np.int32), np.empty(size)
-    contexts, filed = np.empty((size, CONTEXT), np.int32), np.empty(CONTEXT, np.int32)
+    contexts = np.empty((size, CONTEXT), np.int32)
+    place_tokens = np.empty(CONTEXT, np.int32)
     place = np.empty(size, np.int32)
     log_least = math.log(least) if least > 0 else -np.inf
     for b in range(position.shape[0]):
@@ -345,12 +349,24 @@ def _draft_kernel(
         most, node = min(verification_set_size[b], most_candidates), 1
         if most > 0 and max_nodes[b] > 1 and log_least < 0:
             end = (p + block_size - 1) // block_size
-            first_block = max(0, end - recent)
+            first_block, known = max(0, end - recent), filed[rows[b]]
+            text_cells, answer_cells = text_table[rows[b]], answer_table[rows[b]]
+            if ring.shape[1] > 0 or known[0] > p:  # n-grams are older than any text
+                known[0] = 0
             _file_text(
-                tokens, ring, ring_count, table, p, root[b], first_block, filed,
-                text_cells,
+                tokens, ring, ring_count, table, p, root[b], first_block, place_tokens,
+                known[0], text_cells,
             )  # fmt: skip
-            _file_answers(answers, answer_count, table, first_block, end, answer_cells)
+            first_new, start = first_block, 0
+            if known[0] == 0:
+                answer_cells[:] = EMPTY
+            elif known[1] >= first_block:
+                first_new, start = known[1], known[2]
+            _file_answers(
+                answers, answer_count, table, first_new, end, start, answer_cells
+            )
+            known[0], known[1] = p, end - 1
+            known[2] = answer_count[table[end - 1]]
             contexts[0] = EMPTY
             contexts[0, 0] = root[b]
             for i in range(1, min(CONTEXT, p + 1)):
@@ -365,7 +381,7 @@ def _draft_kernel(
                         tokens, ring, answers, answer_logprobs, table, p, root[b],
                         text_cells, answer_cells, bigrams, bigram_logprobs,
                         temperature[b], seeds[b, level], weights, floor,
-                        contexts[parent], filed, next_tokens, next_chances,
+                        contexts[parent], place_tokens, next_tokens, next_chances,
                     )  # fmt: skip
                     for i in range(num_next):
                         chance = grown_chances[parent] + next_chances[i]
@@ -406,8 +422,13 @@ def draft(
     hints: Hints,
     max_candidates: int,
     weights: Mapping[str, float] = WEIGHTS,
+    tables: Tables | None = None,
 ) -> tuple[DraftTree, torch.Tensor]:
     """`core.draft.grow.draft`, of the noise that vLLM's CPU sampler adds.
+
+    Args:
+        tables: of the requests; those of the step before, so that only what is new
+            since then is filed. None files everything.
 
     Raises:
         ValueError: noise of another sampler.
@@ -416,6 +437,10 @@ def draft(
         raise ValueError(f"noise is {hints.noise}; the kernel knows that of a CPU only")
     num_requests, (_, rows, width) = len(batch.root), pages.window.shape
     size = LookaheadParams(width, rows + 1, max_candidates).max_tree_size
+    num_blocks = batch.block_table.shape[1]
+    if tables is None:
+        tables = Tables()
+        tables.choose(range(num_requests), pages, num_blocks)
     columns = np.empty((4, num_requests, size), np.int32)
     num_nodes = np.empty(num_requests, np.int32)
     chances = np.empty((num_requests, size), np.float32)
@@ -431,9 +456,11 @@ def draft(
         FLOOR,
         BEAM,
         hints.least,
-        num_cells(batch.block_table.shape[1] * pages.block_size),
-        num_answer_cells(pages, batch.block_table.shape[1]),
         num_recent_blocks(pages.block_size),
+        tables.text,
+        tables.answers,
+        tables.filed,
+        tables.rows,
         columns,
         num_nodes,
         chances,

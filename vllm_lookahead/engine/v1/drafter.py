@@ -25,6 +25,7 @@ from vllm_lookahead.numba_kernels.layout import (
     size_trees,
 )
 from vllm_lookahead.numba_kernels.ops import NumbaOps
+from vllm_lookahead.numba_kernels.tables import Tables
 from vllm_lookahead.params import LookaheadParams, request_params
 
 
@@ -38,6 +39,7 @@ class TreeDrafter:
             asked.
         bigram_logprobs: [V, R] float32 of them.
         forest: what is fed of the drafts.
+        tables: what is filed of the requests' pages.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class TreeDrafter:
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
         self.bigram_logprobs = torch.zeros(0, 0)
         self.forest = Forest(max_num_tokens)
+        self.tables = Tables()
         self._step_start = time.perf_counter()
 
     def add_request(self, request_id: str, sampling: SamplingParams | None) -> None:
@@ -63,6 +66,7 @@ class TreeDrafter:
 
     def remove_request(self, request_id: str) -> None:
         self.sizes.pop(request_id, None)
+        self.tables.remove(request_id)
 
     def start_step(self, last: StepTrees | None) -> None:
         """Learn from the step that ends now, if it had trees only, what nodes cost."""
@@ -110,7 +114,8 @@ class TreeDrafter:
             self.forest.least,
         )
         most = self.server.verification_set_size
-        tree, chances = self.ops.draft(pages, batch, hints, most)
+        self.tables.choose(ids, pages, num_blocks)
+        tree, chances = self.ops.draft(pages, batch, hints, most, tables=self.tables)
 
         scheduled = output.num_scheduled_tokens
         placeholders = output.scheduled_spec_decode_tokens
