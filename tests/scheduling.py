@@ -27,7 +27,16 @@ names = itertools.count()
 class Driver:
     """A scheduler whose requests all accept nothing."""
 
-    def __init__(self, model: str, worker: str, **sizes: int) -> None:
+    def __init__(
+        self, model: str, worker: str, picked: bool = False, **sizes: int
+    ) -> None:
+        """
+        Args:
+            model: a folder with its config.
+            worker: a class by its path.
+            picked: whether lookahead picks all sizes by itself.
+            sizes: other than `SIZES`.
+        """
         config = EngineArgs(
             model,
             skip_tokenizer_init=True,
@@ -37,7 +46,8 @@ class Driver:
             block_size=BLOCK,
             async_scheduling=False,
             enable_prefix_caching=False,
-            speculative_config={"method": "lookahead"} | SIZES | sizes,
+            speculative_config={"method": "lookahead"}
+            | ({} if picked else SIZES | sizes),
         ).create_engine_config()
         config.parallel_config.worker_cls = worker
         config.cache_config.num_gpu_blocks = 16384

@@ -23,18 +23,26 @@ KIND_WINDOW = tl.constexpr(WINDOW)
 _stored, _fed = Checked(), Checked()
 
 
+@triton.jit
+def _lower(a, b):
+    return tl.minimum(a, b)
+
+
 @jit
 def _store_kernel(
     drafts_ptr,  # [B, N-1] int64, out
     waiting_ptr,  # [4, S, T] int32, out
     waiting_num_nodes_ptr,  # [S] int32, out
+    waiting_chances_ptr,  # [S, T] float32, out
     tokens_ptr,  # [B, T] int32, as the three below
     parents_ptr,
     depths_ptr,
     kinds_ptr,
     num_nodes_ptr,  # [B] int32
+    chances_ptr,  # [B, T] float32
     idx_mapping_ptr,  # [B] index of each request
     stride_tree,
+    stride_chances,
     stride_column: tl.int64,  # S * T
     T: tl.constexpr,
     NUM_DRAFTS: tl.constexpr,  # N-1
@@ -54,6 +62,11 @@ def _store_kernel(
     tl.store(at + 2 * stride_column, depth, mask=mask)
     tl.store(at + 3 * stride_column, kind, mask=mask)
     tl.store(waiting_num_nodes_ptr + index, tl.load(num_nodes_ptr + b))
+    # An exponential is rounded: nodes are ranked as if no child were likelier.
+    behind = mask & (node > 0)
+    chance = tl.load(chances_ptr + b * stride_chances + node, mask=behind, other=1.0)
+    chance = tl.associative_scan(chance, 0, _lower)
+    tl.store(waiting_chances_ptr + index * T + node, chance, mask=mask)
 
     # The first chain's nodes follow the root: node i at depth i can be no other's.
     # Beyond T, `kind` is undefined.
@@ -67,27 +80,36 @@ def _store_kernel(
 
 def store_trees(
     tree: DraftTree,
+    chances: torch.Tensor,
     idx_mapping: torch.Tensor,
     columns: torch.Tensor,
     num_nodes: torch.Tensor,
+    waiting_chances: torch.Tensor,
     drafts: torch.Tensor,
 ) -> None:
     """Put a batch's trees away, where their requests find them.
 
     Args:
         tree: B trees of up to T nodes.
+        chances: [B, T] float32 of each node to be accepted.
         idx_mapping: [B] int32 or int64, the request index of each.
         columns: [4, S, T] int32, out, the four columns of `DraftTree` by request index.
         num_nodes: [S] int32, out.
+        waiting_chances: [S, T] float32, out: of each node, and nowhere more than of the
+            node before it. 1 at the root.
         drafts: [B, N-1] int64, out: each tree's first candidate, padded with 0.
     """
     b, t = tree.tokens.shape
-    tensors = *vars(tree).values(), idx_mapping, columns, num_nodes, drafts
+    tensors = *vars(tree).values(), chances, idx_mapping, columns, num_nodes
+    tensors = *tensors, waiting_chances, drafts
     if tensors not in _stored:
         expect_tree(tree, b, t)
         expect("idx_mapping", idx_mapping, (b,), *INTEGERS)
+        expect("chances", chances, (b, t), torch.float32, rows_apart=True)
         expect("columns", columns, (4, -1, t))
         expect("num_nodes", num_nodes, (columns.shape[1],))
+        shape = columns.shape[1:]
+        expect("waiting_chances", waiting_chances, shape, torch.float32)
         expect("drafts", drafts, (b, -1), torch.int64)
         _stored.add(tensors)
     num_drafts = drafts.shape[1]
@@ -97,13 +119,16 @@ def store_trees(
         drafts,
         columns,
         num_nodes,
+        waiting_chances,
         tree.tokens,
         tree.parents,
         tree.depths,
         tree.kinds,
         tree.num_nodes,
+        chances,
         idx_mapping,
         tree.tokens.stride(0),
+        chances.stride(0),
         columns.stride(0),
         T=t,
         NUM_DRAFTS=num_drafts,

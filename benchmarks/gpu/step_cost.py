@@ -88,9 +88,9 @@ def requests(server: str, trees: list[str]) -> dict[str, dict[str, Any] | None]:
 
 def computed(server: str, nodes: int) -> int:
     """Tokens of the CUDA graph that a step of one such tree replays."""
-    from vllm_lookahead.engine.v2.cudagraph import mixed_batches
+    from vllm_lookahead.engine.v2.cudagraph import tree_batches
 
-    graphs = mixed_batches(params_of(server), 1, MAX_TREE_NODES)
+    graphs = tree_batches(params_of(server), 1, MAX_TREE_NODES, MAX_TREE_NODES)
     return min((size for _, size in graphs if size >= nodes), default=nodes)
 
 

@@ -217,7 +217,7 @@ def engine_calls(
     def feed() -> None:
         step.feed(plan, slots, input_batch, final_slot, last_sampled)
 
-    slots.store(tree, index, drafts)
+    slots.store(tree, slots.chances, index, drafts)
     feed()
     num_rows, end = int(plan.cu_verified_np[-1]), int(plan.cu_window_np[-1])
     hidden_size, vocab_size = LLAMA if on.type == "cuda" else (8, 8)
@@ -241,6 +241,6 @@ def engine_calls(
 
     return {
         "feed": feed,
-        "store": lambda: slots.store(tree, index, drafts),
+        "store": lambda: slots.store(tree, slots.chances, index, drafts),
         "gather": gather,
     }

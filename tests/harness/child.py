@@ -33,7 +33,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "disable_log_stats": False,
 }
-WATCHED = ("waits", "allocated", "launched", "operated", "steps")
+WATCHED = ("waits", "allocated", "launched", "most_launched", "operated", "steps")
 WATCHED += ("trees", "branched", "merged", "differing")
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 numbers = itertools.count()
@@ -61,7 +61,9 @@ class Engines:
             self.dense: list[bool] = []
             warm_up = engine.pop("warm_up", False)
             chunks = logits_in_chunks(engine.pop("chunk_rows", None))
-            with chunks, request_states(self.dense):
+            default = default_sizes(engine.pop("default_sizes", None))
+            step_times = engine.pop("step_times", None)
+            with chunks, default, request_states(self.dense):
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
@@ -70,6 +72,8 @@ class Engines:
                     cache.fill_(float("nan"))  # slots that no token was written to
             if warm_up:
                 warm_up_kernels(self.llm)
+            if step_times and job["lookahead"]:
+                scheduler(self.llm).forest.learn_times(step_times, 0)
             self.chunks = Chunks(scheduler(self.llm))
             if job.get("watch") == "trees":
                 from watch_trees import WatchedTrees
@@ -88,14 +92,27 @@ class Engines:
 
 
 class Chunks:
-    """Counts the steps that read a part of a prompt, and those beside drafts."""
+    """Counts the steps that read a part of a prompt, and those beside drafts.
+
+    Attributes:
+        cut: nodes that the scheduler gave to each step whose trees might have had more,
+            and tokens that it scheduled beside them.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.steps = self.beside_drafts = 0
+        self.cut: list[tuple[int, int]] = []
         schedule = scheduler.schedule
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
+            best = getattr(output, "best_nodes", None)
+            if best is not None:
+                most = output.max_nodes
+                if best < sum(most.values()) - len(most):
+                    others = output.num_scheduled_tokens.keys() - most
+                    tokens = sum(output.num_scheduled_tokens[r] for r in others)
+                    self.cut.append((best, tokens))
             running = [scheduler.requests[r] for r in output.num_scheduled_tokens]
             if any(r.num_computed_tokens < r.num_prompt_tokens for r in running):
                 drafts = output.scheduled_spec_decode_tokens
@@ -113,6 +130,16 @@ def logits_in_chunks(rows: int | None) -> AbstractContextManager:
         return nullcontext()
     name = "vllm_lookahead.engine.v2.sampling.get_max_chunk_logits"
     return mock.patch(name, lambda vocab_size: rows)
+
+
+def default_sizes(sizes: list[int] | None) -> AbstractContextManager:
+    """W, N, G and the budget that lookahead picks by itself."""
+    if sizes is None:
+        return nullcontext()
+    from vllm_lookahead.params import LookaheadParams
+
+    name = "vllm_lookahead.engine.config.default_params"
+    return mock.patch(name, lambda device_type: LookaheadParams(*sizes))
 
 
 def warm_up_kernels(llm: Any) -> None:
@@ -142,6 +169,7 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     llm = engines.get(job)
     before, at_before, chunks = counters(llm), accepted_at(llm), engines.chunks
     chunks.steps = chunks.beside_drafts = 0
+    chunks.cut.clear()
     start = time.perf_counter()
     outputs, samples, usage = [], [], []
     for batch in job["batches"]:
@@ -179,6 +207,7 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
         "attention": attention(llm),
         "dense": engines.dense,
         "chunks": [chunks.steps, chunks.beside_drafts],
+        "cut": chunks.cut,
         "watched": engines.watch
         and {
             k: v for k in WATCHED if (v := getattr(engines.watch, k, None)) is not None

@@ -30,6 +30,7 @@ CALLED = [
             "__init__",
             "_dummy_run",
             "_set_active_loras",
+            "gather_batch_req_state",
             "postprocess_sampled",
             "profile_cudagraph_memory",
         )
@@ -68,6 +69,8 @@ CALLED = [
     ),
     f"{GPU}.sample.sampler:Sampler.sample",
     f"{GPU}.sample.sampler:Sampler.get_logprobs_dims",
+    f"{GPU}.spec_decode.adaptive_verification:"
+    "AdaptiveVerificationManager.set_initial_cost_curves",
     f"{GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
     f"{GPU}.warmup:warmup_kernels",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",

@@ -225,6 +225,7 @@ class WatchedSteps(Watch):
     Attributes:
         steps: of each step, how many requests were fed trees; `allocated`, `launched`
             and `operated` are the last one's.
+        most_launched: of any step.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -233,6 +234,7 @@ class WatchedSteps(Watch):
             if hasattr(runner, name):
                 self.mark(vars(getattr(runner, name)))
         self.steps: list[int] = []
+        self.most_launched: Counter[str] = Counter()
         execute, sample = runner.execute_model, runner.sample_tokens
 
         def execute_model(*args: Any, **kwargs: Any) -> Any:
@@ -246,6 +248,8 @@ class WatchedSteps(Watch):
 
         def sample_tokens(*args: Any, **kwargs: Any) -> Any:
             with self.watching():
-                return sample(*args, **kwargs)
+                result = sample(*args, **kwargs)
+            self.most_launched |= self.launched
+            return result
 
         runner.execute_model, runner.sample_tokens = execute_model, sample_tokens

@@ -19,6 +19,7 @@ from vllm_lookahead.triton_kernels.compact import LayerCaches, compact
 from vllm_lookahead.triton_kernels.gather import Starts, gather_starts
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
+from vllm_lookahead.triton_kernels.rank import rank_nodes
 from vllm_lookahead.triton_kernels.waiting import (
     FedTrees,
     LogitsRows,
@@ -76,8 +77,8 @@ def step(
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
     tokens = b * t
     ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
-    tree, _ = ops.draft(pages, batch, some_hints(b, n), g)
-    by_slot(tree, n)
+    tree, chances = ops.draft(pages, batch, some_hints(b, n), g)
+    by_slot(tree, chances, n)
     build_mask(
         tree,
         batch.position,
@@ -96,17 +97,21 @@ def step(
     ops.keep_answers(pages, batch, tree, verdict, Answers(*said, meta(b)))
 
 
-def by_slot(tree: DraftTree, n: int) -> None:
-    """Trees put away, and fed; what the host says of them is packed in one buffer."""
+def by_slot(tree: DraftTree, chances: torch.Tensor, n: int) -> None:
+    """Trees put away, cut and fed; what the host says of them is in one buffer."""
     s, (b, t) = MAX_REQUESTS, tree.tokens.shape
     columns, num_nodes = meta(4, s, t), meta(s)
     slots, long = meta(b, dtype=torch.int64), torch.int64
-    store_trees(tree, slots, columns, num_nodes, meta(b, n - 1, dtype=long))
+    waiting = columns, num_nodes, meta(s, t, dtype=torch.float32)
+    store_trees(tree, chances, slots, *waiting, meta(b, n - 1, dtype=long))
     starts = Starts.allocate(s, "meta")
     kept = meta(s), meta(s, 1, dtype=long), meta(s, dtype=torch.float32)
     gather_starts(starts, slots, *kept, meta(s, dtype=long))
-    packed = meta(7 * b + 3 * (b + 1))
-    sizes, counts = packed[: 7 * b].view(7, b).split([4, 3])
+    packed = meta(8 * b + 4 * (b + 1))
+    sizes, scheduled, counts = packed[: 8 * b].view(8, b).split([4, 1, 3])
+    cu_verified, cu_window, cu_fed, _ = packed[8 * b :].view(4, b + 1).unbind(0)
+    given = waiting[2], slots, scheduled[0], b, b
+    rank_nodes(*given, meta(s + 1), counts, cu_verified, cu_fed)
     rows = meta(3, s * t, dtype=long).unbind(0)
     feed_trees(
         FedTrees(meta(4, s, t), *meta(4, s).unbind(0), meta(8192, dtype=long)),
@@ -120,7 +125,8 @@ def by_slot(tree: DraftTree, n: int) -> None:
         meta(s, 1, dtype=long),
         counts,
         sizes[1],
-        *packed[7 * b :].view(3, b + 1)[:2].unbind(0),
+        cu_verified,
+        cu_window,
         num_trees=b,
     )
 

@@ -18,6 +18,8 @@ KERNELS = {
     "_gather_kernel",
     "_store_kernel",
     "_feed_kernel",
+    "_rank_kernel",
+    "_place_kernel",
 }
 
 

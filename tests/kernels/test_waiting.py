@@ -97,7 +97,10 @@ def test_feed(server: tuple[int, int, int], cut: int | None) -> None:
     tree = draw_trees(sizes.table[:, of_trees], params, seed=sum(server))
     waiting = WaitingTrees(SLOTS, t, device)
     drafts = torch.full((3, n - 1), -7)
-    waiting.store(tree, torch.tensor(indices[:3]), drafts)
+    chances = torch.rand(3, t)
+    waiting.store(tree, chances, torch.tensor(indices[:3]), drafts)
+    falling = torch.cat([torch.ones(3, 1), chances[:, 1:]], 1).cummin(1).values
+    assert torch.equal(waiting.chances[indices[:3]], falling)
 
     fed = sizes.table[TREE, of_trees].copy()
     if cut is not None:
@@ -180,7 +183,8 @@ def test_nothing_is_harvested_of_what_was_sampled_for_another() -> None:
         WaitingTrees(SLOTS, 12, device),
         StepTrees(SLOTS, 64, params, device),
     )
-    waiting.store(tree, torch.tensor([2]), torch.zeros(1, 2, dtype=torch.int64))
+    drafts = torch.zeros(1, 2, dtype=torch.int64)
+    waiting.store(tree, torch.zeros(1, 12), torch.tensor([2]), drafts)
     pages = BlockPages.allocate(3, 16, params, device)
     ops = TritonOps(params, SLOTS, device)
     for fed in (11, 12):
@@ -206,7 +210,8 @@ def test_no_draft_is_made_up(server: tuple[int, int, int]) -> None:
     drafts = torch.full((2, params.ngram_size - 1), -7)
     for seed in range(100):
         with poisoned(seed):
-            waiting.store(step.trees(2), torch.tensor([3, 5]), drafts)
+            trees, index = step.trees(2), torch.tensor([3, 5])
+            waiting.store(trees, waiting.chances[:2], index, drafts)
         assert not drafts.any()
 
 
@@ -234,7 +239,7 @@ def test_refusals(name: str, change: Any) -> None:
         step.feed(plan, waiting, batch, torch.arange(12), torch.zeros(SLOTS, 1).long())
     drafts = torch.zeros(SLOTS, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="^drafts is"):
-        waiting.store(step.tree, torch.arange(SLOTS), drafts.int())
+        waiting.store(step.tree, waiting.chances, torch.arange(SLOTS), drafts.int())
 
 
 @pytest.mark.parametrize("server", [(3, 3, 3), (2, 2, 3), (0, 2, 0)])

@@ -18,12 +18,6 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 from tests.hf_config import write_config
 from tests.scheduling import BATCHED, BLOCK, OFF, SIZES, Driver
-from vllm_lookahead.engine.shares import (
-    MAX_TREE_TOKENS,
-    nodes_within,
-    tree_budget,
-    tree_share,
-)
 from vllm_lookahead.engine.support import V2_WORKER
 from vllm_lookahead.engine.v2.cudagraph import (
     PADDING,
@@ -36,6 +30,7 @@ from vllm_lookahead.params import LookaheadParams
 
 FULL = LookaheadParams(**SIZES)
 T = FULL.max_tree_size
+LARGEST = 512  # tokens of vLLM's largest graph
 WIDE = [LookaheadParams(30, 7, 20), LookaheadParams(45, 7, 40)]  # T: 300, 510
 PARAMS = [FULL, LookaheadParams(5, 5, 5), LookaheadParams(0, 8, 1)]
 
@@ -45,6 +40,7 @@ def make_manager(
     params: LookaheadParams = FULL,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8192,
+    largest: int = LARGEST,
 ) -> Any:
     one = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     platform = SimpleNamespace(get_global_graph_pool=lambda: None)
@@ -56,8 +52,12 @@ def make_manager(
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
         compilation_config=SimpleNamespace(
-            cudagraph_capture_sizes=[1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)],
-            max_cudagraph_capture_size=512,
+            cudagraph_capture_sizes=[
+                n
+                for n in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+                if n <= largest
+            ],
+            max_cudagraph_capture_size=largest,
         ),
         speculative_config=None,
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
@@ -81,26 +81,20 @@ def dispatch(manager: Any, widths: list[int]) -> Any:
     return manager.dispatch(count, num_tokens, uniform, 0, max_query_len=most)
 
 
-def tree_widths(params: LookaheadParams, count: int) -> list[int]:
-    """What the scheduler lets so many requests draft."""
-    tree, verified = params.max_tree_size, 1 + params.max_candidate_nodes
-    share = tree_share([tree] * count, tree_budget(tree, 8192)) if count else 0
-    return [nodes_within(tree, verified, share)] * count
-
-
 def fits(desc: Any, widths: list[int]) -> bool:
-    """Whether a full graph pads a batch with a quarter of it at most."""
+    """Whether a full graph pads a batch with a third of it at most."""
     real = sum(widths)
     return (
         desc.cg_mode == CUDAGraphMode.FULL
-        and real <= desc.num_tokens <= max(1.25 * real, real + PADDING)
+        and desc.max_query_len >= max(widths)
+        and real <= desc.num_tokens <= max(4 / 3 * real, real + PADDING)
         and desc.num_reqs >= len(widths)
     )
 
 
 def tree_graphs(manager: Any) -> list[Any]:
     full = manager._capture_descs[CUDAGraphMode.FULL]
-    return [d for d in full if d.max_query_len or d.uniform_token_count > 1]
+    return [desc for desc in full if desc.max_query_len]
 
 
 def test_batches_of_the_scheduler(
@@ -108,7 +102,7 @@ def test_batches_of_the_scheduler(
 ) -> None:
     """Scheduler, runner and graphs agree, from one request to as many as may run."""
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
-    most = 64
+    most = 24
     manager = make_manager(monkeypatch, max_num_seqs=most)
     driver = Driver(write_config(tmp_path, max_position_embeddings=65536), V2_WORKER)
     sizes = RequestSizes(most, FULL)
@@ -119,9 +113,10 @@ def test_batches_of_the_scheduler(
         lookahead=FULL,
         max_num_tokens=8192,
         max_model_len=65536,
+        trimmer=None,
     )
     for count in range(1, most + 1):
-        extra = OFF if count % 3 == 0 else {}
+        extra = OFF if count % 3 == 0 else {"lookahead_node_budget": 31}
         (name,) = driver.add(20, **extra)
         slots[name] = count - 1
         params = driver.scheduler.requests[name].sampling_params
@@ -129,21 +124,20 @@ def test_batches_of_the_scheduler(
         driver.step()
         output = LookaheadModelRunner.widen(runner, driver.step())
         off = count // 3
-        widths = tree_widths(FULL, count - off) + [1] * off
+        widths = [31] * (count - off) + [1] * off
         assert sorted(output.num_scheduled_tokens.values()) == sorted(widths)
         assert output.total_num_scheduled_tokens == sum(widths)
         assert fits(dispatch(manager, widths), widths)
 
 
 @pytest.mark.parametrize("params", WIDE)
-def test_a_tree_wider_than_the_share_of_many(
+def test_a_tree_wider_than_the_largest_graph(
     params: LookaheadParams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One request is fed all of it, window and all."""
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
     model = write_config(tmp_path, max_position_embeddings=65536)
     driver, tree = Driver(model, V2_WORKER, **asdict(params)), params.max_tree_size
-    assert tree > MAX_TREE_TOKENS
     sizes = RequestSizes(4, params)
     (name,) = driver.add(20)
     sizes.add_request(0, driver.scheduler.requests[name].sampling_params, chain=False)
@@ -153,6 +147,7 @@ def test_a_tree_wider_than_the_share_of_many(
         lookahead=params,
         max_num_tokens=BATCHED,
         max_model_len=65536,
+        trimmer=None,
     )
     driver.step()
     output = driver.step()
@@ -161,119 +156,47 @@ def test_a_tree_wider_than_the_share_of_many(
     )
     assert widths == [tree]
     assert driver.blocks(name) == -(-(20 + tree) // BLOCK)
-    for most in (BATCHED, tree):
-        desc = dispatch(make_manager(monkeypatch, params, 4, most), widths)
-        assert (desc.num_tokens, desc.uniform_token_count) == (tree, tree)
+    for most, largest in ((BATCHED, LARGEST), (tree, LARGEST), (BATCHED, 256)):
+        manager = make_manager(monkeypatch, params, 4, most, largest)
+        desc = dispatch(manager, widths)
+        assert (desc.num_tokens, desc.num_reqs) == (tree, 1)
         assert desc.cg_mode == CUDAGraphMode.FULL
     full = make_manager(monkeypatch, params, 4, tree - 1)._capture_descs
     assert max(desc.num_tokens for desc in full[CUDAGraphMode.FULL]) < tree
 
 
 @pytest.mark.parametrize("params", [*PARAMS, *WIDE])
-def test_equal_widths(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that all draft, and alike, have a graph of that very width."""
-    manager = make_manager(monkeypatch, params)
-    for count in range(1, 257):
-        widths = tree_widths(params, count)
-        desc = dispatch(manager, widths)
-        assert desc.cg_mode == CUDAGraphMode.FULL
-        assert desc.uniform_token_count == widths[0]
-        assert count <= desc.num_reqs <= max(1.25 * count, count + PADDING)
-        assert desc.num_tokens == desc.num_reqs * widths[0]
-        if widths[0] > 1:
-            assert desc.num_reqs <= (1.25 * count if count > 2 else count)
-
-
-@pytest.mark.parametrize("params", [*PARAMS, *WIDE])
-def test_trees_beside_single_tokens(
-    params: LookaheadParams, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 16, 48, 256, 1024])
+def test_any_mix_of_trees(
+    params: LookaheadParams, max_num_seqs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = make_manager(monkeypatch, params)
-    for drafting in range(1, 129):
-        for off in range(1, 257 - drafting):
-            widths = tree_widths(params, drafting) + [1] * off
+    """As the ranking of nodes makes them, whole trees and single tokens among them."""
+    manager = make_manager(monkeypatch, params, max_num_seqs)
+    draw, t = random.Random(max_num_seqs), params.max_tree_size
+    for _ in range(1500):
+        count = draw.randint(1, min(max_num_seqs, max(REQUESTS)))
+        widths = [1] * count
+        for b in range(count):
+            room = LARGEST - sum(widths)
+            widths[b] += min(draw.choice([0, draw.randrange(t), t - 1]), max(room, 0))
+        if max(widths) > 1:
             desc = dispatch(manager, widths)
             assert fits(desc, widths)
             # Attention splits contexts by how many requests there may be.
-            most = next(n for n in REQUESTS if n >= len(widths))
-            assert desc.num_reqs == min(most, desc.num_tokens)
+            most = next((n for n in REQUESTS if n >= count), count)
+            assert desc.num_reqs == min(most, desc.num_tokens, max_num_seqs)
 
 
-@pytest.mark.parametrize("params", [*PARAMS, *WIDE])
-@pytest.mark.parametrize("max_num_seqs", [1, 2, 16, 48, 256])
-def test_chains(
-    params: LookaheadParams, max_num_seqs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Requests with penalties and the like, as many as draft whole ones."""
-    manager = make_manager(monkeypatch, params, max_num_seqs)
-    budget = tree_budget(params.max_tree_size, 8192)
-    for count in range(1, max_num_seqs + 1):
-        if tree_share([params.ngram_size] * count, budget) >= params.ngram_size:
-            widths = [params.ngram_size] * count
-            assert fits(dispatch(manager, widths), widths)
-        else:
-            assert count > 16
-
-
-@pytest.mark.parametrize("params", [*PARAMS, *WIDE])
-def test_more_requests_than_can_draft(
-    params: LookaheadParams, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their trees have vLLM's graphs: ours would be mostly idle programs."""
-    manager = make_manager(monkeypatch, params, 1024)
-    few = make_manager(monkeypatch, params, 256)
-    assert tree_graphs(manager) == tree_graphs(few)
-    able = sum(tree_widths(params, count)[0] > 1 for count in range(1, 1025))
-    assert MAX_TREE_TOKENS // 2 <= able < max(REQUESTS)
-    for drafting in (1, 20, able):
-        for off in (max(REQUESTS) - drafting, max(REQUESTS) + 1 - drafting, 800):
-            widths = tree_widths(params, drafting) + [1] * off
-            desc = dispatch(manager, widths)
-            if len(widths) <= max(REQUESTS):
-                assert fits(desc, widths)
-            else:
-                small = sum(widths) <= 512
-                assert desc.cg_mode.name == ("PIECEWISE" if small else "NONE")
-    for count in (able + 1, 400, 512):  # of one token each
-        assert tree_widths(params, count)[0] == 1
-        desc = manager.dispatch(count, count, 1, 0, max_query_len=1)
-        assert (desc.cg_mode.name, desc.uniform_token_count) == ("FULL", 1)
-
-
-def test_one_smaller_tree(manager: Any) -> None:
-    """Sizes near a half or a quarter of T; those between pad up to twofold."""
-    for size in [*range(14, 31), *range(48, 61)]:
-        assert fits(dispatch(manager, [size]), [size])
-    for size in range(15, T + 1):
-        desc = dispatch(manager, [size])
-        assert desc.cg_mode == CUDAGraphMode.FULL
-        assert desc.num_tokens <= 2 * size + 1
-
-
-@pytest.mark.parametrize("max_num_batched_tokens", [64, 200, 8192])
-def test_sizes_of_their_own(
-    max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Any mix that fits the share has a full graph, if a wide one."""
-    manager = make_manager(monkeypatch, FULL, 48, max_num_batched_tokens)
-    draw = random.Random(0)
-    for _ in range(2000):
-        off = draw.randrange(20)
-        left = min(MAX_TREE_TOKENS, max_num_batched_tokens - off)
-        widths = [1] * off
-        while len(widths) < draw.randint(1, 48) and left > 1:
-            widths.append(draw.randint(1, min(left, T)))
-            left -= widths[-1]
-        if max(widths, default=1) > 1:
-            desc = dispatch(manager, widths)
-            assert desc.cg_mode == CUDAGraphMode.FULL
-            assert desc.num_tokens <= max_num_batched_tokens
-
-
-def test_mixed_widths(manager: Any) -> None:
-    desc = dispatch(manager, [T] + [1] * 3)
-    assert (desc.num_tokens, desc.max_query_len) == (123, T)
-    assert (desc.num_reqs, desc.uniform_token_count) == (4, None)
+def test_more_than_a_graph_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their trees have vLLM's graphs, or none: ours would be mostly idle programs."""
+    manager = make_manager(monkeypatch, FULL, 1024)
+    assert tree_graphs(manager) == tree_graphs(make_manager(monkeypatch, FULL, 256))
+    for widths in ([2] * 200 + [1] * 57, [2] + [1] * 300):
+        assert dispatch(manager, widths).cg_mode.name == "PIECEWISE"
+    for widths in ([T] * 5, [2] + [1] * 800):
+        assert dispatch(manager, widths).cg_mode.name == "NONE"
+    desc = manager.dispatch(400, 400, 1, 0, max_query_len=1)  # of one token each
+    assert (desc.cg_mode.name, desc.uniform_token_count) == ("FULL", 1)
 
 
 def test_without_trees(manager: Any) -> None:
@@ -299,12 +222,10 @@ def test_capture(params: LookaheadParams, monkeypatch: pytest.MonkeyPatch) -> No
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(full)) == len(full)
     trees = tree_graphs(manager)
-    assert len(trees) <= (52 if params == FULL else 64)
-    budget = tree_budget(params.max_tree_size, 8192)
-    assert max(d.num_tokens for d in trees) == budget + 255
+    assert len(trees) <= 73
+    assert max(d.num_tokens for d in trees) == max(LARGEST, params.max_tree_size)
     for desc in trees:  # as vLLM's dummy batch wants it
-        width = desc.max_query_len or desc.uniform_token_count
-        assert desc.num_reqs <= desc.num_tokens <= desc.num_reqs * width
+        assert desc.num_reqs <= desc.num_tokens <= desc.num_reqs * desc.max_query_len
 
 
 @pytest.mark.parametrize("num_kv_heads", [8, 2])

@@ -17,7 +17,6 @@ from vllm.model_executor.models import registry
 
 from tests.hf_config import write_config
 from tests.scheduling import BATCHED, OFF, Driver
-from vllm_lookahead.engine.shares import MAX_TREE_TOKENS
 from vllm_lookahead.engine.support import V2_WORKER
 from vllm_lookahead.engine.v2 import model_runner
 from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
@@ -44,6 +43,7 @@ class Server:
             lookahead=params,
             max_num_tokens=BATCHED,
             max_model_len=65536,
+            trimmer=None,
         )
 
     def add(self, count: int, chain: bool = False, **extra: int) -> None:
@@ -101,15 +101,15 @@ def test_random_batches(sizes: tuple[int, int, int], tmp_path: Path) -> None:
 def test_the_bound_is_met(tmp_path: Path) -> None:
     """Trees of a root and one more node, whose root refills the window as well."""
     server = Server(LookaheadParams(1, 2, 1), tmp_path)
-    server.add(MAX_TREE_TOKENS // 2)
-    server.add(MOST - MAX_TREE_TOKENS // 2, **OFF)
+    server.add(MOST)
     server.rows()
-    assert server.rows() == server.step.max_rows == MAX_TREE_TOKENS + MOST
-    assert StepTrees(1024, BATCHED, LookaheadParams(15, 5, 15), CPU).max_rows == 1280
-    assert StepTrees(1, BATCHED, LookaheadParams(15, 5, 15), CPU).max_rows == 76
+    assert server.rows() == server.step.max_rows == 3 * MOST
+    full = LookaheadParams(15, 5, 15)
+    assert StepTrees(1024, BATCHED, full, CPU).max_rows == 1024 + BATCHED
+    assert StepTrees(1, BATCHED, full, CPU).max_rows == 76
 
 
-@pytest.mark.parametrize(("chunk", "rows"), [(4096, 1280), (1000, 1000), (1, 76)])
+@pytest.mark.parametrize(("chunk", "rows"), [(16384, 9216), (1000, 1000), (1, 76)])
 def test_memory_is_profiled_with_as_many(
     chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,9 +80,10 @@ def test_the_output_does_not_wait_for_the_next_trees(
         return SimpleNamespace(get_output=lambda: "output")
 
     runner.tree_sampler = SimpleNamespace(sample=sample)
+    runner.speculator, runner.trimmer = SimpleNamespace(chances=None), None
     monkeypatch.setattr(model_runner.BaseModelRunner, "sample_tokens", upstream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-    wrap = SimpleNamespace(wrap=lambda output, drafted: (output, drafted))
+    wrap = SimpleNamespace(wrap=lambda output, drafted, **more: (output, drafted))
     monkeypatch.setattr(outputs, "LookaheadModelRunnerOutput", wrap)
     output = runner.sample_tokens(None)
     assert calls == [

@@ -60,6 +60,9 @@ class LookaheadConfig(SpeculativeConfig):
     """G, most candidates of one depth of the tree."""
     node_budget: int = Field(default=None)  # type: ignore[assignment]
     """Most tokens fed per step and request."""
+    ranks_nodes: bool = Field(default=None)  # type: ignore[assignment]
+    """Whether a step is fed only the nodes that are worth their time, the likeliest of
+    all requests. Where W, G or the budget is given, all nodes are fed."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -88,11 +91,14 @@ class LookaheadConfig(SpeculativeConfig):
                 f"window_size={params.window_size} a tree has {params.whole_size} "
                 "tokens; raise node_budget to that, or set window_size to 0"
             )
-        return cls(**asdict(params))
+        return cls(**given)
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in RANGES}
-        sizes = with_defaults({k: v for k, v in given.items() if v is not None})
+        named = {name: getattr(self, name) for name in RANGES}
+        given = {name: size for name, size in named.items() if size is not None}
+        if self.ranks_nodes is None:
+            self.ranks_nodes = given.keys() <= {"ngram_size"}
+        sizes = with_defaults(given)
         for name, size in asdict(sizes).items():
             setattr(self, name, size)
         self.num_speculative_tokens = self.params.ngram_size - 1

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What scheduler and worker tell each other beside vLLM's own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_lookahead.engine.forest import Curve
 
 
 @dataclass
@@ -13,10 +18,13 @@ class LookaheadSchedulerOutput(SchedulerOutput):
 
     Attributes:
         max_nodes: request id -> nodes that its tree may have, the root among them;
-            input tokens and K/V slots of as many are reserved.
+            K/V slots of as many are reserved.
+        best_nodes: how many nodes to feed beside the roots, the likeliest of all trees;
+            input tokens of as many are reserved. None: all that `max_nodes` allows.
     """
 
     max_nodes: dict[str, int] = field(default_factory=dict)
+    best_nodes: int | None = None
 
 
 @dataclass
@@ -26,12 +34,18 @@ class LookaheadModelRunnerOutput(ModelRunnerOutput):
     Attributes:
         num_draft_tokens: request id -> length of the longest candidate that the
             step verified. The scheduler reserved N-1 without knowing.
+        chances: of the trees that the step before drafted, [rows, T-1] float32 of the
+            nodes after the root, and the request of each row; None of no request.
+        step_times: milliseconds of a step by its tokens and the tokens of the largest
+            CUDA graph, when they were measured.
     """
 
     num_draft_tokens: dict[str, int] = field(default_factory=dict)
+    chances: tuple[Sequence[str | None], np.ndarray] | None = None
+    step_times: tuple[Curve, int] | None = None
 
     @classmethod
     def wrap(
-        cls, output: ModelRunnerOutput, num_draft_tokens: dict[str, int]
+        cls, output: ModelRunnerOutput, num_draft_tokens: dict[str, int], **more: Any
     ) -> "LookaheadModelRunnerOutput":
-        return cls(**vars(output), num_draft_tokens=num_draft_tokens)
+        return cls(**vars(output), num_draft_tokens=num_draft_tokens, **more)

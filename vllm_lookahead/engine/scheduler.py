@@ -8,6 +8,7 @@ leaves them room: input tokens and K/V slots. Metrics and rollback are then vLLM
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,8 +17,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_lookahead.engine.forest import Forest
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
-from vllm_lookahead.engine.shares import nodes_within, tree_budget, tree_share
+from vllm_lookahead.engine.shares import nodes_within, tree_share
 from vllm_lookahead.engine.support import V2_WORKER
 from vllm_lookahead.params import LookaheadParams, request_params
 
@@ -71,6 +73,11 @@ class LookaheadScheduler(Scheduler):
         # Only the GPU engine's trees share a step's tokens.
         worker = self.vllm_config.parallel_config.worker_cls
         self.trees_share = worker == V2_WORKER
+        self.forest: Forest | None = None
+        if self.trees_share and config.ranks_nodes:
+            limits = self.max_num_running_reqs, self.input_tokens
+            self.forest = Forest(*limits, self.lookahead.max_candidate_nodes)
+        self.chances = np.zeros(0)  # of the nodes of the next step, falling
         self.rooms: dict[str, TreeRoom] = {}  # of the next step, by request id
         manager: Any = self.kv_cache_manager
         self._allocate_slots = manager.allocate_slots
@@ -94,9 +101,8 @@ class LookaheadScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.make_room()
         output = super().schedule(*args, **kwargs)
-        return LookaheadSchedulerOutput(
-            **vars(output), max_nodes=self.max_nodes(output)
-        )
+        most, best = self.share_nodes(output)
+        return LookaheadSchedulerOutput(**vars(output), max_nodes=most, best_nodes=best)
 
     def make_room(self) -> None:
         """Size the trees of the next step, and keep input tokens for their nodes.
@@ -107,23 +113,75 @@ class LookaheadScheduler(Scheduler):
         drafting = [r for r in self.running if r.spec_token_ids]
         sizes = [self.tree_sizes(request) for request in drafting]
         most, _ = self.full_sizes
-        if drafting and self.trees_share:
-            budget = tree_budget(most, self.input_tokens)
-            most = tree_share([tree for tree, _ in sizes], budget)
+        wanted, placeholders = None, most
+        if drafting and self.forest:
+            wanted = self.best_nodes(drafting, sizes)
+            most = 1 + wanted
+            # vLLM counts placeholders as tokens: prefills have half a step at least.
+            placeholders = max(1, self.input_tokens // (2 * len(drafting))) - 1
+        elif drafting and self.trees_share:
+            most = tree_share([tree for tree, _ in sizes], self.input_tokens)
         self.rooms.clear()
-        free, wanted = self.input_tokens, 0
+        scheduled = fed = 0
         for request, (tree, verified) in zip(drafting, sizes, strict=True):
             nodes = nodes_within(tree, verified, most)
-            # No more than its nodes can be accepted.
+            # No more than its nodes can be accepted, nor than its placeholders.
+            if len(request.spec_token_ids) > placeholders:
+                nodes = min(nodes, 1 + placeholders)
             if len(request.spec_token_ids) >= nodes:
                 request.spec_token_ids = request.spec_token_ids[: nodes - 1]
-            scheduled = 1 + len(request.spec_token_ids)
-            room = TreeRoom(tree, verified, scheduled, nodes)
-            self.rooms[request.request_id] = room
-            free -= scheduled
-            wanted += nodes - scheduled
-        kept = min(wanted, max(0, free) // 2)
+            count = 1 + len(request.spec_token_ids)
+            self.rooms[request.request_id] = TreeRoom(tree, verified, count, nodes)
+            scheduled += count
+            fed += nodes
+        if wanted is not None:
+            fed = min(fed, len(drafting) + wanted)
+        free = max(0, self.input_tokens - scheduled)
+        kept = min(max(0, fed - scheduled), free // 2)
         self.max_num_scheduled_tokens = min(self.token_limit, self.input_tokens - kept)
+
+    def best_nodes(self, drafting: list[Request], sizes: list[tuple[int, int]]) -> int:
+        """Nodes that are worth their time beside the roots, if nothing is prefilled."""
+        assert self.forest is not None
+        room = self.input_tokens - len(self.running)
+        most = [
+            (r.request_id, t - 1) for r, (t, _) in zip(drafting, sizes, strict=True)
+        ]
+        self.chances = self.forest.ranked(most)[: max(0, room)]
+        tokens = len(self.running)
+        return self.forest.best(self.chances, tokens, tokens)
+
+    def share_nodes(self, output: SchedulerOutput) -> tuple[dict[str, int], int | None]:
+        """What the trees of a step may have: here their width is decided.
+
+        Returns:
+            Nodes of each, as many as there are K/V slots for; and how many of them are
+            fed beside the roots, the likeliest of all: None for all of them.
+        """
+        drafting = output.scheduled_spec_decode_tokens
+        if not self.forest or not drafting:
+            return self.max_nodes(output), None
+        # New requests have placeholders, too, but no tree.
+        trees = drafting.keys() & self.rooms.keys()
+        narrow = sum(len(drafting[name]) for name in trees)
+        most: dict[str, int] = {}
+        for name in trees:
+            room, scheduled = self.rooms[name], 1 + len(drafting[name])
+            most[name] = room.nodes if scheduled == room.scheduled else scheduled
+        total = sum(most.values()) - len(most)
+        emitting = sum(
+            not self.requests[name].is_prefill_chunk
+            for name in output.num_scheduled_tokens
+        )
+        tokens = output.total_num_scheduled_tokens - narrow
+        chances = self.chances[: min(total, self.input_tokens - tokens)]
+        best = self.forest.best(chances, tokens, emitting)
+        # A LoRA adapter is told which tokens are its own by the host, and a grammar
+        # which rows: beside them, trees are cut alike.
+        if self.lora_config or output.has_structured_output_requests:
+            share = tree_share([*most.values()], len(most) + best) if most else 0
+            return {name: min(n, share) for name, n in most.items()}, None
+        return most, best
 
     def max_nodes(self, output: SchedulerOutput) -> dict[str, int]:
         """Nodes of each tree of a step, as many as there are input tokens left for."""
@@ -180,6 +238,11 @@ class LookaheadScheduler(Scheduler):
         scheduler_output: SchedulerOutput,
         model_runner_output: ModelRunnerOutput,
     ) -> Any:
+        if self.forest:
+            if times := getattr(model_runner_output, "step_times", None):
+                self.forest.learn_times(*times)
+            if chances := getattr(model_runner_output, "chances", None):
+                self.forest.learn_chances(*chances)
         drafted = getattr(model_runner_output, "num_draft_tokens", None)
         if drafted is not None:
             placeholders = scheduler_output.scheduled_spec_decode_tokens

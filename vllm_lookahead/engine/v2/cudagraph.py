@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which CUDA graphs are captured, and which of them a step may replay.
 
-Three families, for steps without a prefill:
+Two families, for steps without a prefill:
 
-    plain    one token per request; vLLM's attention
-    uniform  as many nodes for each request; ours
-    varlen   any mix of 1 to T nodes per request; ours
+    plain   one token per request; vLLM's attention
+    trees   any mix of 1 to T nodes per request; ours
 
-A step with a prefill has vLLM's piecewise graphs. Those of trees are for the batches
-that `LookaheadScheduler` makes: whole trees for a few requests, narrower ones for
-more, and one token for each request that drafts nothing. Of up to 256 requests, so
-their number does not grow with `max_num_seqs`: about 60.
+A step with a prefill has vLLM's piecewise graphs. Those of trees are for a few numbers
+of requests, and for each of a few numbers of tokens, up to vLLM's largest graph: what a
+step feeds follows from its requests' chances and can be any number. Of up to 256
+requests, so their number does not grow with `max_num_seqs`: about 70.
 """
 
-from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
@@ -23,78 +20,41 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-from vllm_lookahead.engine.shares import COUNTS, nodes_within, tree_budget
 from vllm_lookahead.params import LookaheadParams
 
-# Most requests of a varlen graph. Its attention has a program for each of them, busy
-# or not, and splits contexts by them: they are all that is known at capture. Up to
-# `MAX_TREE_TOKENS // 2` requests can draft. With as many again that do not, a batch
-# has some 500 tokens, and vLLM by default captures no graph of more than 512: larger
-# batches have its piecewise graphs or none, as without trees.
-REQUESTS = (4, 8, 16, 64, 128, 256)
-# Tokens that a varlen graph may pad a batch with: so few, or a quarter.
+# Most requests of a graph of trees. Its attention has a program for each of them, busy
+# or not, and splits contexts by them: they are all that is known at capture.
+REQUESTS = (1, 4, 8, 16, 64, 256)
+# A graph pads a batch with so many tokens at most, or with a third.
 PADDING = 16
 
 
-def uniform_batches(
-    params: LookaheadParams, max_num_reqs: int, max_num_tokens: int
+def tree_batches(
+    params: LookaheadParams, max_num_reqs: int, max_num_tokens: int, largest: int
 ) -> list[tuple[int, int]]:
-    """Most requests of a batch that drafts alike, and the nodes of each; ascending."""
-    batches = []
-    verified = 1 + params.max_candidate_nodes
-    budget = tree_budget(params.max_tree_size, max_num_tokens)
-    for count in COUNTS:
-        width = nodes_within(params.max_tree_size, verified, budget // count)
-        if width == 1:
-            break
-        batches.append((min(count, max_num_reqs), width))
-        if count >= max_num_reqs:
-            break
+    """Most requests and tokens of the graphs of trees; ascending.
+
+    Args:
+        params: the server's.
+        max_num_reqs, max_num_tokens: of a step.
+        largest: tokens of vLLM's largest graph. One tree has graphs even so.
+    """
+    tree, batches, fewest = params.max_tree_size, [], 2
+    counts = sorted({min(count, max_num_reqs) for count in REQUESTS})
+    for count in counts if tree > 1 else ():
+        most = min(count * tree, max_num_tokens, max(tree, largest))
+        batches += [(count, size) for size in _ladder(most) if size >= fewest]
+        fewest = count + 1
     return batches
 
 
-def mixed_batches(
-    params: LookaheadParams, max_num_reqs: int, max_num_tokens: int
-) -> list[tuple[int, int]]:
-    """Most requests and tokens of the varlen graphs; ascending."""
-    widths: list[int] = []  # by requests that draft, less one
-    for count, width in uniform_batches(params, max_num_reqs, max_num_tokens):
-        widths += [width] * (count - len(widths))
-    budget = tree_budget(params.max_tree_size, max_num_tokens)
-    batches: list[tuple[int, int]] = []
-    first = 2
-    most = min(max_num_reqs, REQUESTS[-1])
-    for last in [*(n for n in REQUESTS if n < most), most]:
-        # Requests with sizes of their own may fill the share to the last token.
-        sizes = {min(budget + last - 1, last * params.max_tree_size)}
-        for count in range(first, last + 1):
-            for drafting, width in enumerate(widths[:count], 1):
-                sizes.add(drafting * width + count - drafting)
-        # A request whose tokens depend on their history drafts a chain.
-        for count in range(first if batches else 1, last + 1):
-            if count * params.ngram_size <= budget:
-                sizes.add(count * params.ngram_size)
-        if not batches:  # smaller trees, of a request with sizes of its own
-            sizes.update(_halves(params.max_tree_size))
-        sizes = {min(size, max_num_tokens) for size in sizes}
-        batches += [(last, size) for size in _cover(sizes)]
-        first = last + 1
-    return batches
-
-
-def _halves(tree: int) -> Iterable[int]:
-    while tree > 2 * PADDING:
-        tree = -(-tree // 2)
-        yield tree
-
-
-def _cover(sizes: Iterable[int]) -> list[int]:
-    """Few of the sizes, so that the next one up is not much more than any."""
-    few: list[int] = []
-    for size in sorted(sizes, reverse=True):
-        if not few or max(1.25 * size, size + PADDING) < few[-1]:
-            few.append(size)
-    return few[::-1]
+def _ladder(most: int) -> list[int]:
+    """Few numbers of tokens, each not much more than the one below."""
+    sizes, octave = [*range(PADDING, 4 * PADDING, PADDING)], 4 * PADDING
+    while octave < most:
+        sizes += [octave, octave * 5 // 4, octave * 3 // 2]
+        octave *= 2
+    return [*(size for size in sizes if size < most), most]
 
 
 class LookaheadCudaGraphManager(ModelCudaGraphManager):
@@ -128,31 +88,21 @@ class LookaheadCudaGraphManager(ModelCudaGraphManager):
 
     def _tree_graphs(self, loras: int) -> list[tuple[BatchExecutionDescriptor, int]]:
         """Graphs of trees, each with the fewest tokens that it is for."""
-        full = partial(
-            BatchExecutionDescriptor,
-            cg_mode=CUDAGraphMode.FULL,
-            num_active_loras=loras,
-        )
-        max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        limits = self.params, self.max_num_reqs, max_num_tokens
-        graphs, previous = [], 0
-        for count, width in uniform_batches(*limits):
-            desc = full(
-                num_tokens=count * width, num_reqs=count, uniform_token_count=width
-            )
-            graphs.append((desc, (previous + 1) * width))
-            previous = count
-        if not graphs:  # no tree has a second node
-            return graphs
-        largest: dict[int, int] = {}
-        for last, size in mixed_batches(*limits):
-            desc = full(
+        tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        largest = self.compilation_config.max_cudagraph_capture_size
+        limits = self.params, self.max_num_reqs, tokens, largest
+        graphs = []
+        smaller: dict[int, int] = {}
+        for count, size in tree_batches(*limits):
+            desc = BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.FULL,
                 num_tokens=size,
-                num_reqs=min(size, last),
+                num_reqs=min(size, count),
                 max_query_len=self.params.max_tree_size,
+                num_active_loras=loras,
             )
-            graphs.append((desc, largest.get(last, 1) + 1))
-            largest[last] = size
+            graphs.append((desc, smaller.get(count, 0) + 1))
+            smaller[count] = size
         return graphs
 
     def dispatch(

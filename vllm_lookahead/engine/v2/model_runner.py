@@ -33,8 +33,9 @@ from vllm_lookahead.engine.v2.attention import (
     slot_views,
 )
 from vllm_lookahead.engine.v2.cudagraph import LookaheadCudaGraphManager
+from vllm_lookahead.engine.v2.forest import TreeTrimmer
 from vllm_lookahead.engine.v2.grammar import fit_masks
-from vllm_lookahead.engine.v2.outputs import AsyncLookaheadOutput, Drafted
+from vllm_lookahead.engine.v2.outputs import AsyncLookaheadOutput, Copied
 from vllm_lookahead.engine.v2.sampling import TreeSampler, uses_history
 from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.engine.v2.speculator import LookaheadSpeculator
@@ -77,7 +78,11 @@ class LookaheadModelRunner(BaseModelRunner):
             self, self.step, self.waiting, self.ops, params
         )
         self.tree_sampler = TreeSampler(self, self.step, self.ops, params)
-        self.drafted: Drafted | None = None  # of the step that is sampled
+        self.drafted: Copied | None = None  # of the step that is sampled
+        # Where a step is fed the likeliest nodes of all its trees.
+        self.trimmer: TreeTrimmer | None = None
+        if vllm_config.speculative_config.ranks_nodes:
+            self.trimmer = TreeTrimmer(self, self.step, self.waiting)
         self.pages: BlockPages
         self.slot_views: list[torch.Tensor]
         # No node of a tree lies further from its root.
@@ -128,6 +133,7 @@ class LookaheadModelRunner(BaseModelRunner):
             params=self.lookahead,
             lora_capture_cases=self.lora_capture_cases,
         )
+        self.adaptive_verification = self.trimmer  # measures when graphs are captured
         if is_profiling:  # graphs are captured and dropped; no request runs
             return
         groups = self.kv_cache_config.kv_cache_groups
@@ -170,14 +176,19 @@ class LookaheadModelRunner(BaseModelRunner):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if not dummy_run and scheduler_output.scheduled_spec_decode_tokens:
-            scheduler_output = self.widen(scheduler_output)
+        if not dummy_run:
+            self.adaptive_verification = None
+            if scheduler_output.scheduled_spec_decode_tokens:
+                scheduler_output = self.widen(scheduler_output)
         return super().execute_model(
             scheduler_output, *args, dummy_run=dummy_run, **kwargs
         )
 
     def widen(self, narrow: SchedulerOutput) -> SchedulerOutput:
-        """The scheduler's output with as many tokens as the trees have nodes."""
+        """The scheduler's output with as many tokens as the trees have nodes.
+
+        Where that is more than the step's best nodes, the trees are cut on the device.
+        """
         drafts: Mapping[str, list[int]] = narrow.scheduled_spec_decode_tokens
         num_tokens = dict(narrow.num_scheduled_tokens)
         wide: dict[str, list[int]] = {}
@@ -198,16 +209,26 @@ class LookaheadModelRunner(BaseModelRunner):
         # vLLM pads the last prompt token of a request with drafts that nobody made.
         for request in narrow.scheduled_new_reqs:
             num_tokens[request.req_id] -= len(drafts.get(request.req_id, ()))
+        total = sum(num_tokens.values())
+        drafted = sum(num_tokens[name] - 1 for name in wide)
+        best = getattr(narrow, "best_nodes", None)
+        if self.trimmer and best is not None and best < drafted:
+            # Only the device knows whose rows of logits are whose: one chunk has all.
+            most = max(0, self.tree_sampler.max_chunk_rows - len(num_tokens))
+            self.trimmer.budget = min(best, most)
+            self.adaptive_verification = self.trimmer
+            total -= drafted - self.trimmer.budget
         return replace(
             narrow,
             num_scheduled_tokens=num_tokens,
-            total_num_scheduled_tokens=sum(num_tokens.values()),
+            total_num_scheduled_tokens=total,
             scheduled_spec_decode_tokens=wide,
         )
 
     def prepare_inputs(self, *args: Any, **kwargs: Any) -> InputBatch:
         input_batch = super().prepare_inputs(*args, **kwargs)
-        self.step.plan = Plan.make(input_batch, self.sizes, self.device)
+        if self.adaptive_verification is None:
+            self.step.plan = Plan.make(input_batch, self.sizes, self.device)
         return input_batch
 
     def prepare_attn(
@@ -259,12 +280,7 @@ class LookaheadModelRunner(BaseModelRunner):
         d, step = self.step.plan.num_trees, self.step
         if not d:
             return super().sample(hidden_states, input_batch, grammar_output)
-        self.drafted = Drafted(
-            input_batch.req_ids[:d],
-            step.longest[:d],
-            self.main_stream,
-            self.output_copy_stream,
-        )
+        self.drafted = Copied(input_batch.req_ids[:d], step.longest[:d], self)
         output, verdict, answers = self.tree_sampler.sample(
             hidden_states, input_batch, grammar_output
         )
@@ -279,13 +295,16 @@ class LookaheadModelRunner(BaseModelRunner):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         self.drafted = None
+        # Of the step before: on the host by the time that this step's output is.
+        chances, self.speculator.chances = self.speculator.chances, None
         if grammar_output is not None:
             worker = self.structured_outputs_worker
             grammar_output = fit_masks(worker, grammar_output)
         output = super().sample_tokens(grammar_output)
-        if self.drafted is None:
+        if self.drafted is None and chances is None:
             return output
-        return AsyncLookaheadOutput(output, self.drafted)
+        times = self.trimmer and self.trimmer.take_times()
+        return AsyncLookaheadOutput(output, self.drafted, chances, times)
 
     def shutdown(self) -> None:
         # Views keep the K/V cache alive.

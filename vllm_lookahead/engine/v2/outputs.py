@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step's output on its way to the host, with what was really drafted."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from vllm.v1.outputs import (
     AsyncModelRunnerOutput,
@@ -9,45 +12,64 @@ from vllm.v1.outputs import (
 )
 from vllm.v1.worker.gpu.async_utils import stream
 
+from vllm_lookahead.engine.forest import Curve
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 
 
-class Drafted:
-    """How long each tree's longest candidate was, copied while the step goes on."""
+class Copied:
+    """Numbers of some requests, on their way to the host while the step goes on."""
 
     def __init__(
-        self,
-        request_ids: list[str],
-        longest: torch.Tensor,
-        main_stream: torch.cuda.Stream,
-        copy_stream: torch.cuda.Stream,
+        self, request_ids: Sequence[str | None], values: torch.Tensor, runner: Any
     ) -> None:
         """Start the copy.
 
         Args:
-            request_ids: those that were fed trees.
-            longest: as many int32; the next step may overwrite them.
-            main_stream: where `longest` is written.
-            copy_stream: where vLLM's output will be copied, after this.
+            request_ids: of each row.
+            values: the next step may overwrite them.
+            runner: its main stream is where `values` are written, its copy stream where
+                vLLM's next output will be copied, after this.
         """
         self.request_ids = request_ids
-        self.longest = longest.clone()
-        with stream(copy_stream, main_stream):
-            copy_stream.wait_stream(main_stream)
-            self.lengths = self.longest.to("cpu", non_blocking=True, copy=True)
+        self.values = values.clone()
+        main, copy = runner.main_stream, runner.output_copy_stream
+        with stream(copy, main):
+            copy.wait_stream(main)
+            self.on_host = self.values.to("cpu", non_blocking=True, copy=True)
 
 
 class AsyncLookaheadOutput(AsyncModelRunnerOutput):
-    """vLLM's output and `drafted`, which is there once vLLM's is."""
+    """vLLM's output, and what was copied before it: there once vLLM's is."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, drafted: Drafted) -> None:
+    def __init__(
+        self,
+        output: AsyncModelRunnerOutput,
+        drafted: Copied | None,
+        chances: Copied | None,
+        step_times: tuple[Curve, int] | None,
+    ) -> None:
+        """
+        Args:
+            output: of the step.
+            drafted: how long the longest candidate of each tree was, if there was one.
+            chances, step_times: see `LookaheadModelRunnerOutput`.
+        """
         self.output = output
-        self.drafted = drafted
+        self.drafted, self.chances = drafted, chances
+        self.step_times = step_times
 
     def get_output(self) -> ModelRunnerOutput:
-        output, drafted = self.output.get_output(), self.drafted
-        lengths = zip(drafted.request_ids, drafted.lengths.tolist(), strict=True)
-        return LookaheadModelRunnerOutput.wrap(output, dict(lengths))
+        output, drafted, chances = self.output.get_output(), self.drafted, self.chances
+        lengths: Any = {}
+        if drafted:
+            ids = drafted.request_ids
+            lengths = dict(zip(ids, drafted.on_host.tolist(), strict=True))
+        return LookaheadModelRunnerOutput.wrap(
+            output,
+            lengths,
+            chances=chances and (chances.request_ids, chances.on_host.numpy()),
+            step_times=self.step_times,
+        )
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:
         """vLLM's; asked for, from 0.33 on, when `get_output` fails."""

@@ -12,6 +12,7 @@ from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.draft.estimate import Hints
 from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.engine.v2.outputs import Copied
 from vllm_lookahead.engine.v2.trees import StepTrees
 from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
@@ -27,10 +28,13 @@ class LookaheadSpeculator(BaseSpeculator):
         bigrams: [V, R] int32 and their log-probabilities, see `core.draft.bigrams`; V
             is 0 before the model was asked.
         drafts: [max_num_reqs, N-1] int64, what the scheduler is told.
+        chances: of the nodes drafted last, for the scheduler; None if it does not ask.
     """
 
     supports_mm_inputs = False
     draft_logits = None
+    draft_token_confidence_probs = None
+    chances: Copied | None = None
     pages: BlockPages
 
     def __init__(
@@ -86,9 +90,18 @@ class LookaheadSpeculator(BaseSpeculator):
         )
         candidates = self.sizes.verification_set_size
         hints = self.hints(starts.temperature, starts.seeds)
-        tree, _ = self.ops.draft(self.pages, batch, hints, candidates)
-        self.waiting.store(tree, input_batch.idx_mapping, drafts)
+        tree, chances = self.ops.draft(self.pages, batch, hints, candidates)
+        self.waiting.store(tree, chances, input_batch.idx_mapping, drafts)
+        if self.runner.trimmer:
+            self.chances = Copied(self._drafting(input_batch), chances, self.runner)
         return drafts
+
+    def _drafting(self, input_batch: InputBatch) -> list[str | None]:
+        """Each request of the batch, but for those whose prompt is not read yet."""
+        tokens = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        read = (tokens >= input_batch.prefill_len_np).tolist()
+        pairs = zip(input_batch.req_ids, read, strict=True)
+        return [name if is_read else None for name, is_read in pairs]
 
     def _starts(self, idx_mapping: torch.Tensor) -> Starts:
         requests, sampling = self.runner.req_states, self.runner.sampler.sampling_states

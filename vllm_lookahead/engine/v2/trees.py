@@ -2,7 +2,7 @@
 """One step's trees, laid out in the V2 runner's flat batch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +11,25 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.tree import DraftTree
-from vllm_lookahead.engine.shares import tree_budget
 from vllm_lookahead.engine.v2.sizes import NGRAM, TREE, VERIFIED, VERIFY, WINDOW
 from vllm_lookahead.engine.v2.waiting import WaitingTrees
 from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.triton_kernels.rank import rank_nodes
 from vllm_lookahead.triton_kernels.waiting import FedTrees, LogitsRows, feed_trees
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from vllm_lookahead.engine.v2.sizes import RequestSizes
+
+
+class Rows(NamedTuple):
+    """As much of an `InputBatch` as a plan is made of."""
+
+    num_reqs: int
+    idx_mapping_np: np.ndarray
+    num_draft_tokens_per_req: np.ndarray
+    num_scheduled_tokens: np.ndarray
 
 
 @dataclass
@@ -31,11 +40,14 @@ class Plan:
         num_requests, num_trees: B requests, the first D of which are fed trees.
         drafts: whether any of the requests may be fed a tree in its next step.
         cu_verified_np, cu_window_np: [B+1] first logits row of each request, of
-            those to sample from and of those to refill the window with.
+            those to sample from and of those to refill the window with. Of a step
+            whose trees are cut on the device (`rank`), right for all trees together.
         sizes: [4, B] int32, W, N, G and T of each request.
+        scheduled: [B] int32, nodes of each tree, or the most of them; tokens of a
+            request without one.
         counts: [3, B] int32, nodes fed, verified, and of the window's last row.
-        cu_verified, cu_window, cu_fed: [B+1] int32; `cu_window` counts on from the
-            verified rows.
+        cu_verified, cu_window, cu_fed, cu_requests: [B+1] int32; `cu_window` counts on
+            from the verified rows, the last one is 0 to B.
     """
 
     num_requests: int
@@ -44,32 +56,49 @@ class Plan:
     cu_verified_np: np.ndarray
     cu_window_np: np.ndarray
     sizes: torch.Tensor
+    scheduled: torch.Tensor
     counts: torch.Tensor
     cu_verified: torch.Tensor
     cu_window: torch.Tensor
     cu_fed: torch.Tensor
+    cu_requests: torch.Tensor
 
     @classmethod
     def make(
-        cls, input_batch: "InputBatch", sizes: "RequestSizes", device: torch.device
+        cls,
+        input_batch: "InputBatch | Rows",
+        sizes: "RequestSizes",
+        device: torch.device,
+        even: np.ndarray | None = None,
     ) -> "Plan":
+        """What the host knows, on its way to the device.
+
+        Args:
+            input_batch: of the step.
+            sizes: of each request index.
+            device: of the result.
+            even: [B], as many tokens of each request as if all trees were alike, where
+                they are cut on the device.
+        """
         b = input_batch.num_reqs
         drafts = input_batch.num_draft_tokens_per_req
         # vLLM puts those with drafts first.
         d = 0 if drafts is None else int(np.count_nonzero(drafts))
         table = sizes.table[:, input_batch.idx_mapping_np]  # [5, B]
-        host = np.zeros(7 * b + 3 * (b + 1), dtype=np.int32)
-        columns, sums = host[: 7 * b].reshape(7, b), host[7 * b :].reshape(3, b + 1)
+        host = np.zeros(8 * b + 4 * (b + 1), dtype=np.int32)
+        columns, sums = host[: 8 * b].reshape(8, b), host[8 * b :].reshape(4, b + 1)
         columns[:4] = table[[WINDOW, NGRAM, VERIFY, TREE]]
-        fed, verified, window = columns[4:]
+        scheduled, fed, verified, window = columns[4:]
+        scheduled[:] = input_batch.num_scheduled_tokens
         fed[:], verified[:] = 1, 1
-        fed[:d] = input_batch.num_scheduled_tokens[:d]
+        fed[:d] = (scheduled if even is None else even)[:d]
         verified[:d] = np.minimum(fed[:d], table[VERIFIED, :d])
         window[:d] = np.where(fed[:d] == table[TREE, :d], table[WINDOW, :d], 0)
         np.cumsum(verified, out=sums[0, 1:])
         np.cumsum(window, out=sums[1, 1:])
         sums[1] += sums[0, -1]
         np.cumsum(fed, out=sums[2, 1:])
+        sums[3] = np.arange(b + 1)
         packed = async_tensor_h2d(host, device=device)
         return cls(
             b,
@@ -78,8 +107,36 @@ class Plan:
             sums[0],
             sums[1],
             packed[: 4 * b].view(4, b),
-            packed[4 * b : 7 * b].view(3, b),
-            *packed[7 * b :].view(3, b + 1).unbind(0),
+            packed[4 * b : 5 * b],
+            packed[5 * b : 8 * b].view(3, b),
+            *packed[8 * b :].view(4, b + 1).unbind(0),
+        )
+
+    def rank(
+        self,
+        chances: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        budget: int,
+        query_start_loc: torch.Tensor,
+    ) -> None:
+        """Cut the trees to the likeliest nodes of them all.
+
+        Args:
+            chances: [max_num_reqs, T] float32, of the trees that wait.
+            idx_mapping: [B], the index of each request.
+            budget: nodes to feed beside the roots.
+            query_start_loc: [max_num_reqs+1] int32, out.
+        """
+        rank_nodes(
+            chances,
+            idx_mapping,
+            self.scheduled,
+            self.num_trees,
+            budget,
+            query_start_loc,
+            self.counts,
+            self.cu_verified,
+            self.cu_fed,
         )
 
     def batch(
@@ -110,8 +167,8 @@ class StepTrees:
         rows_per_request: most logits rows of a request: the root, the candidates
             and the window's last row.
         max_rows: most logits rows of a step. No tree has more of them than nodes, but
-            for the root's second one where N is 2, and the scheduler keeps the nodes
-            of all trees within a budget; a request without a tree has one.
+            for the root's second one where N is 2, and the scheduler keeps all nodes
+            within a step's tokens; a request without a tree has one.
         attended: how many requests, from the first on, attend as trees: none of a
             step without trees, all of one without prefills.
     """
@@ -128,9 +185,8 @@ class StepTrees:
 
         t = params.max_tree_size
         self.rows_per_request = 1 + params.max_candidate_nodes + params.window_size
-        budget = tree_budget(t, max_num_tokens)
         self.max_rows = max_num_reqs + min(
-            budget, max_num_reqs * (self.rows_per_request - 1)
+            max_num_tokens, max_num_reqs * (self.rows_per_request - 1)
         )
         max_rows = max(2, self.max_rows)  # two to warm up
         self._columns = zeros(4, max_num_reqs, t)
@@ -229,8 +285,18 @@ class StepTrees:
         """
         device = drafts.device
         index = torch.zeros(1, dtype=torch.int64, device=device)
-        waiting.store(self.trees(1), index, drafts)
+        waiting.store(self.trees(1), waiting.chances[:1], index, drafts)
         one = torch.arange(3, dtype=torch.int32, device=device)
+        slots = waiting.chances.shape[0]
+        rank_nodes(
+            waiting.chances,
+            index,
+            one[1:2],
+            1,
+            0,
+            torch.zeros(slots + 1, dtype=torch.int32, device=device),
+            *(torch.zeros_like(one)[:, None], one[:2].clone(), one[:2].clone()),
+        )
         feed_trees(
             self._fed,
             self._logits_rows,

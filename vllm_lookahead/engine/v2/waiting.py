@@ -18,6 +18,7 @@ class WaitingTrees:
     Attributes:
         columns: [4, max_num_reqs, T] int32, the four columns of `DraftTree`.
         num_nodes: [max_num_reqs] int32.
+        chances: [max_num_reqs, T] float32 of each node, falling.
     """
 
     def __init__(
@@ -26,16 +27,23 @@ class WaitingTrees:
         shape = (4, max_num_reqs, max_tree_size)
         self.columns = torch.zeros(shape, dtype=torch.int32, device=device)
         self.num_nodes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.chances = torch.zeros(shape[1:], dtype=torch.float32, device=device)
 
     def store(
-        self, tree: DraftTree, idx_mapping: torch.Tensor, drafts: torch.Tensor
+        self,
+        tree: DraftTree,
+        chances: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        drafts: torch.Tensor,
     ) -> None:
         """Put a batch's trees away.
 
         Args:
             tree: B trees.
+            chances: [B, T] float32, of each node to be accepted.
             idx_mapping: [B] integers, the request index of each.
             drafts: [B, N-1] int64, out: each tree's first candidate, padded with
                 token 0; what the scheduler is told.
         """
-        store_trees(tree, idx_mapping, self.columns, self.num_nodes, drafts)
+        waiting = self.columns, self.num_nodes, self.chances
+        store_trees(tree, chances, idx_mapping, *waiting, drafts)
