@@ -99,14 +99,14 @@ def test_a_tree_is_walked_along_what_was_sampled():
 def test_weights_are_fitted_to_what_followed(served, name):
     oracle, bigrams = served
     first = start(name)
-    samples = Samples(first)
+    samples = Samples(list(first), name == "draft")
     make = weighted(name, 8, first)
     serve(oracle, make, 8, MAX_TOKENS, bigrams, samples.watch)
     rows, missing, followed = samples.tensors()
 
     def loss(weights):
         values = torch.tensor([weights[term] for term in samples.names])
-        logits = (rows @ values).masked_fill(missing, -torch.inf)
+        logits = samples.scores(rows, values).masked_fill(missing, -torch.inf)
         return float(torch.nn.functional.cross_entropy(logits, followed))
 
     fitted = fit(samples, first)
@@ -120,14 +120,15 @@ def test_samples_of_the_drafter_give_its_chances(served):
     """What is fitted is what drafts."""
     oracle, bigrams = served
     weights = start("draft")
-    samples, seen = Samples(weights), 0
+    samples, seen = Samples(list(weights), True), 0
 
     def watch(strategy, tree, answers, path):
         nonlocal seen
         before = len(samples.rows)
         samples.watch(strategy, tree, answers, path)
         rows = torch.from_numpy(samples.rows[before])  # after the root
-        logits = rows @ torch.tensor([weights[term] for term in samples.names])
+        values = torch.tensor([weights[term] for term in samples.names])
+        logits = samples.scores(rows, values)
         *chances, _ = logits.log_softmax(0).tolist()
         children = [i for i, parent in enumerate(tree.parents) if parent == 0]
         drafted = sorted(strategy.chances[i] for i in children)

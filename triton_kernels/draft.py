@@ -133,14 +133,14 @@ def _add_said(tokens, scores, reads, ids_ptr, logprobs_ptr, weight):
 
 @triton.jit
 def _merge(tokens, scores, column):
-    """Scores of equal tokens of a row added up, and which token is the first of them.
+    """Odds of equal tokens of a row added up, and which token is the first of them.
 
     Args:
         tokens, scores: [n, NEXT].
         column: [1, NEXT].
     """
     same = tokens[:, :, None] == tokens[:, None, :]
-    scores = tl.sum(tl.where(same, scores[:, None, :], 0.0), 2)
+    scores = tl.log(tl.sum(tl.where(same, tl.exp(scores)[:, None, :], 0.0), 2))
     earlier = same & (column[:, None, :] < column[:, :, None])
     return scores, tl.sum(earlier.to(tl.int32), 2) == 0
 

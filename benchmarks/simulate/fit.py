@@ -4,9 +4,10 @@
     python -m benchmarks.simulate.fit --model .models/SmolLM2-135M-Instruct \\
         --data-dir DATA --strategies draft,forest,forest-last
 
-Multinomial logistic regression: of every node that was reached, which token followed,
-given what each source had to say. A strategy's weights are those of its own options.
-Printed are the weights, and by how far estimates miss on other prompts held out.
+Multinomial regression: of every node that was reached, which token followed, given what
+each source had to say. Odds of the package's sources add up; of a forest's, logarithms
+do (logistic regression). A strategy's weights are those of its own options. Printed are
+the weights, and by how far estimates miss on other prompts held out.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from benchmarks.simulate.strategies import WEIGHTS, start, weighted
 from benchmarks.simulate.strategies import weights as fitted_weights
 from benchmarks.simulate.table import calibration
 
+# What the package's names of weights begin with that are of a source.
+SOURCES = ("text", "answer", "bigram")
 # Per sample: keeps weights that the samples say nothing about where they are.
 RIDGE = 1e-3
 
@@ -35,12 +38,13 @@ class Samples:
 
     Attributes:
         names: of the weights.
+        odds_add_up: whether sources are a mixture.
         rows: [candidates + 1, len(names)] of each sample, the other tokens' last.
         followed: which of them did.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self, names: Sequence[str], odds_add_up: bool) -> None:
+        self.names, self.odds_add_up = list(names), odds_add_up
         self.rows: list[np.ndarray] = []
         self.followed: list[int] = []
 
@@ -82,6 +86,21 @@ class Samples:
             missing[i, : len(sample)] = False
         return rows, missing, torch.tensor(self.followed)
 
+    def scores(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[n, most] of the candidates, by `rows` of `tensors`."""
+        terms = rows * weights
+        if not self.odds_add_up:
+            return terms.sum(-1)
+        added, said = terms.clone(), []
+        for source in SOURCES:
+            of = [i for i, name in enumerate(self.names) if name.startswith(source)]
+            silent = (rows[..., of] == 0).all(-1)
+            said.append(terms[..., of].sum(-1).masked_fill(silent, -torch.inf))
+            added[..., of] = 0
+        nobody = torch.isinf(torch.stack(said)).all(0)
+        odds = torch.stack([x.masked_fill(nobody, 0.0) for x in said]).logsumexp(0)
+        return odds.masked_fill(nobody, 0.0) + added.sum(-1)
+
 
 def fit(samples: Samples, start: Weights) -> dict[str, float]:
     """The weights that say most of what did follow."""
@@ -92,7 +111,7 @@ def fit(samples: Samples, start: Weights) -> dict[str, float]:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = (rows @ weights).masked_fill(missing, -torch.inf)
+        logits = samples.scores(rows, weights).masked_fill(missing, -torch.inf)
         loss = torch.nn.functional.cross_entropy(logits, followed)
         loss = loss + RIDGE * (weights - first).square().sum()
         loss.backward()
@@ -107,7 +126,8 @@ def check(samples: Samples, weights: Weights) -> dict[str, Any]:
     rows, missing, followed = samples.tensors()
     names = samples.names
     values = torch.tensor([weights[name] for name in names])
-    chances = (rows @ values).masked_fill(missing, -torch.inf).log_softmax(-1)
+    chances = samples.scores(rows, values).masked_fill(missing, -torch.inf)
+    chances = chances.log_softmax(-1)
     hit = torch.zeros_like(missing)
     hit[torch.arange(len(hit)), followed] = True
     # The last candidate of each sample is all the other tokens.
@@ -162,7 +182,8 @@ def main() -> None:
         if args.start:
             weights = fitted_weights(args.start)
         for _ in range(args.rounds):
-            samples, tested = Samples(list(first)), Samples(list(first))
+            kind = list(first), name.startswith("draft")
+            samples, tested = Samples(*kind), Samples(*kind)
             for i, oracle in enumerate(requests):
                 # Every fourth request says how well the rest's weights hold.
                 watch = (tested if i % 4 == 3 else samples).watch

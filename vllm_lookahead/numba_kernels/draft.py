@@ -156,10 +156,11 @@ def _agrees(one, other, length):
 
 @kernel
 def _add(tokens, scores, count, token, score):
-    """More for a token; returns how many there are."""
+    """More odds of a token; returns how many there are."""
     for i in range(count):
         if tokens[i] == token:
-            scores[i] += score
+            high, low = max(scores[i], score), min(scores[i], score)
+            scores[i] = high + math.log1p(math.exp(low - high))
             return count
     tokens[count], scores[count] = token, score
     return count + 1

@@ -12,8 +12,10 @@ Each source speaks for some tokens:
   (Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative
   Decoding"). What is sampled stays what it was; it is guessed better.
 
-What they say is weighed and added up to a score. The softmax of the scores, in which
-all other tokens count as one, is a token's chance.
+What each says is weighed to a score, the logarithm of odds, and the odds of all add up.
+Where two sources say the same they mostly say it for the same reason: to add up their
+scores would count it twice. A token's odds over those of all, in which all other tokens
+count as one, are its chance.
 """
 
 import math
@@ -30,16 +32,16 @@ from vllm_lookahead.core.pages import EMPTY
 # temperature 1; and the score of "any other token". Fitted by
 # `benchmarks/simulate/fit.py`, SmolLM2-135M-Instruct, on prompts of no reported figure.
 WEIGHTS = {
-    "text1": 1.27,
-    "text2": 2.90,
-    "text3": 4.60,
-    "answer1": 0.42,
-    "answer2": 0.42,
-    "answer3": 0.45,
-    "bigram": 0.27,
-    "noise": 0.54,
-    "other": 3.84,
-    "other by temperature": 0.73,
+    "text1": 5.03,
+    "text2": 7.07,
+    "text3": 8.57,
+    "answer1": 0.90,
+    "answer2": 0.98,
+    "answer3": 1.10,
+    "bigram": 0.81,
+    "noise": 0.53,
+    "other": 6.34,
+    "other by temperature": 0.79,
 }
 # Log-probabilities at or below this add nothing.
 FLOOR = -8.0
@@ -105,10 +107,11 @@ class Estimator:
 
     def __call__(self, path: Sequence[int]) -> dict[int, float]:
         """Log-probability of each token that may follow a path."""
-        scores: dict[int, float] = {}
+        odds: dict[int, float] = {}
         for name, row in self.evidence(path):
             for token, x in row.items():
-                scores[token] = scores.get(token, 0.0) + self.weights[name] * x
+                odds[token] = odds.get(token, 0.0) + math.exp(self.weights[name] * x)
+        scores = {token: math.log(x) for token, x in odds.items()}
         temperature = float(self.hints.temperature[self.b])
         if temperature > 0:
             seed = int(self.hints.seeds[self.b, len(path)])
