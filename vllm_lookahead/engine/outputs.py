@@ -9,14 +9,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 @dataclass
 class LookaheadSchedulerOutput(SchedulerOutput):
-    """A `SchedulerOutput` that says how wide its trees may be.
+    """A `SchedulerOutput` that says how wide its trees may be, and what some are.
 
     Attributes:
         max_nodes: request id -> nodes that its tree may have, the root among them;
             input tokens and K/V slots of as many are reserved.
+        paths: request id -> position of the first token, and tokens; of each request
+            with a grammar that has drafts in this step, see `engine.paths`.
     """
 
     max_nodes: dict[str, int] = field(default_factory=dict)
+    paths: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
 
 @dataclass
