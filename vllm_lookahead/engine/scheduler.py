@@ -6,8 +6,9 @@ request that drafts with N-1 placeholders, which the worker expands into T nodes
 leaves them room: input tokens and K/V slots. Metrics and rollback are then vLLM's own.
 
 A request with a grammar drafts one chain. vLLM masks the logits behind drafts that it
-knows: the worker tells them, before it feeds them or, if steps are scheduled ahead,
-once it has. What the grammar leaves no choice about the scheduler drafts itself.
+knows, so the worker tells them: before they are fed, and then what the grammar leaves
+no choice about is fed with them; or, of a step that began before the last one was
+known, once they are.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -24,7 +25,7 @@ from vllm.v1.structured_output.utils import strip_speculative_padding
 from vllm_lookahead.engine.forced import ForcedTokens
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.shares import nodes_within, tree_budget, tree_share
-from vllm_lookahead.engine.support import V2_WORKER
+from vllm_lookahead.engine.support import V1_EXECUTOR, V2_WORKER
 from vllm_lookahead.params import LookaheadParams, request_params
 
 if TYPE_CHECKING:
@@ -76,8 +77,10 @@ class LookaheadScheduler(Scheduler):
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
         # Only the GPU engine's trees share a step's tokens.
-        worker = self.vllm_config.parallel_config.worker_cls
-        self.trees_share = worker == V2_WORKER
+        parallel = self.vllm_config.parallel_config
+        self.trees_share = parallel.worker_cls == V2_WORKER
+        # Whether a step with a grammar begins once its masks are there.
+        self.is_held = parallel.distributed_executor_backend == V1_EXECUTOR
         self.rooms: dict[str, TreeRoom] = {}  # of the next step, by request id
         n = self.lookahead.ngram_size
         self.forced = ForcedTokens(self.structured_output_manager, most=n)
@@ -130,7 +133,7 @@ class LookaheadScheduler(Scheduler):
         """
         request = self.requests[request_id]
         drafts = strip_speculative_padding(drafts)
-        if self.is_ahead:
+        if self.is_ahead and not self.is_held:
             drafts = [*drafts, *self.forced.after(request, drafts)]
         return request.num_tokens, drafts
 
@@ -227,29 +230,52 @@ class LookaheadScheduler(Scheduler):
             request = self.requests.get(request_id)
             if request is None or request.is_finished() or request.is_prefill_chunk:
                 continue
-            if not request.use_structured_output:
-                continue
-            most = self.num_drafts(request)
-            manager = self.structured_output_manager
-            drafts = list(manager.validate_tokens(request, drafts[:most]))
-            forced = self.forced.after(request, [])
-            if drafts[: len(forced)] != forced:
-                drafts = forced
-            elif drafts and len(drafts) < most:
-                drafts += self.forced.after(request, drafts)
-            request.spec_token_ids = drafts[:most]
+            if request.use_structured_output:
+                most = self.num_drafts(request)
+                request.spec_token_ids = self.chain(request, drafts, most)
+
+    def chain(self, request: Request, drafts: list[int], most: int) -> list[int]:
+        """Drafts of a request with a grammar, and what it leaves no choice about.
+
+        Args:
+            request: the request, all of whose tokens are known.
+            drafts: those of the worker.
+            most: of both.
+        """
+        manager = self.structured_output_manager
+        drafts = list(manager.validate_tokens(request, drafts[:most]))
+        forced = self.forced.after(request, [])
+        if drafts[: len(forced)] != forced:
+            drafts = forced
+        elif drafts and len(drafts) < most:
+            drafts += self.forced.after(request, drafts)
+        return drafts[:most]
 
     def update_draft_token_ids_in_output(
         self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
     ) -> None:
-        """Take the drafts that requests are fed in a step that is under way."""
-        super().update_draft_token_ids_in_output(draft_token_ids, scheduler_output)
-        for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
+        """Take the drafts of a step that is scheduled, and is under way if not held."""
+        output: Any = scheduler_output
+        scheduled = output.scheduled_spec_decode_tokens
+        if not self.is_held:
+            super().update_draft_token_ids_in_output(draft_token_ids, scheduler_output)
+        own = dict(
+            zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
+        )
+        for request_id, placeholders in list(scheduled.items()):
             request = self.requests.get(request_id)
             if request is None or request.is_finished():
                 continue
-            if request.use_structured_output:
-                self.paths[request_id] = self.path(request_id, drafts)
+            if not request.use_structured_output:
+                continue
+            if not self.is_held:
+                self.paths[request_id] = self.path(request_id, placeholders)
+                continue
+            most = len(placeholders)
+            chain = self.chain(request, own.get(request_id, []), most)
+            output.paths[request_id] = request.num_tokens, chain
+            output.max_nodes[request_id] = 1 + len(chain)
+            scheduled[request_id] = chain + [PLACEHOLDER] * (most - len(chain))
 
     def update_from_output(
         self,

@@ -257,11 +257,11 @@ class LookaheadCPUModelRunner(CPUModelRunner):
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Chains of the requests with a grammar, which the scheduler has to check.
 
-        Of the step under way, if it was scheduled ahead; else of the next one, whose
-        trees are made of what the scheduler makes of them.
+        Of the step under way, if there is one; else of the next one, which is fed what
+        the scheduler makes of them.
         """
         drafter = self.tree_drafter
-        if not self.is_scheduled_ahead:
+        if self.execute_model_state is None:
             chains = drafter.draft_ahead(self, self.pages)
         else:
             chains = self.step.chains(drafter.grammars) if self.step else {}
