@@ -61,7 +61,9 @@ class Engines:
             self.dense: list[bool] = []
             warm_up = engine.pop("warm_up", False)
             chunks = logits_in_chunks(engine.pop("chunk_rows", None))
-            with chunks, request_states(self.dense):
+            wanted = job["lookahead"] and engine.get("async_scheduling")
+            ahead = scheduled_ahead() if wanted else nullcontext()
+            with chunks, request_states(self.dense), ahead:
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
@@ -106,6 +108,22 @@ class Chunks:
             return output
 
         scheduler.schedule = counted
+
+
+@contextmanager
+def scheduled_ahead() -> Iterator[None]:
+    """Have vLLM schedule ahead on a CPU, too, with the V2 runner as with V1."""
+    from vllm.platforms import current_platform
+
+    check = current_platform.check_and_update_config
+
+    def checked(config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    name, platform = "check_and_update_config", type(current_platform)
+    with mock.patch.object(platform, name, staticmethod(checked)):
+        yield
 
 
 def logits_in_chunks(rows: int | None) -> AbstractContextManager:
@@ -227,7 +245,7 @@ def sampling_params(request: dict[str, Any]) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
     options = dict(request["params"])
-    kinds = ("regex", "json", "choice")
+    kinds = ("regex", "json", "choice", "grammar")
     if grammar := {k: options.pop(k) for k in kinds if k in options}:
         options["structured_outputs"] = StructuredOutputsParams(**grammar)
     if bias := options.get("logit_bias"):  # JSON has no integer keys
