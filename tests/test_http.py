@@ -22,6 +22,7 @@ PROMPT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n"
 NGRAM_SIZE = 4
 TOOL = {
     "name": "book_a_table",
+    "strict": True,  # else vLLM lets arguments be any JSON
     "parameters": {
         "type": "object",
         "properties": {
