@@ -130,20 +130,23 @@ def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     Args:
         llm: the engine.
         job: {"prompts": [str, or vLLM's own kinds of prompts as dictionaries],
-            "params": [keyword arguments of SamplingParams]}.
+            "params": [keyword arguments of SamplingParams, those of
+            StructuredOutputsParams among them as a dictionary]}.
 
     Returns:
         seconds, and per prompt the tokens of each step as a list of lists and when
         they came, in seconds.
     """
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     engine = llm.llm_engine
     start = time.perf_counter()
     for i, (prompt, params) in enumerate(
         zip(job["prompts"], job["params"], strict=True)
     ):
+        if grammar := params.get("structured_outputs"):
+            params["structured_outputs"] = StructuredOutputsParams(**grammar)
         sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **params)
         engine.add_request(f"{start}-{i}", prompt, sampling)
     steps: list[list[list[int]]] = [[] for _ in job["prompts"]]

@@ -84,6 +84,7 @@ def parse() -> argparse.Namespace:
     add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--methods", default="plain,ngram,suffix,lookahead")
     add("--chat", action="store_true", help="through the model's chat template")
+    add("--json-schema", metavar="FILE", help="of every output")
     add("--num-prompts", type=int, default=16)
     add("--max-tokens", type=int, default=200)
     add("--temperature", default="0.8", help="one or more, with commas")
@@ -196,8 +197,11 @@ def measure(
         params = {
             "max_tokens": args.max_tokens,
             "temperature": cell.temperature,
-            "ignore_eos": True,
+            "ignore_eos": not args.json_schema,
         }
+        if args.json_schema:
+            schema = json.loads(Path(args.json_schema).read_text())
+            params["structured_outputs"] = {"json": schema}
         seeds = [{"seed": args.seed + i} for i in range(len(texts))]
         own = seeds if cell.temperature else [{}] * len(texts)
         return {"prompts": texts, "params": [params | p | (extra or {}) for p in own]}

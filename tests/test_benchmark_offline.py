@@ -43,7 +43,7 @@ def test_the_others_go_on(offline, lives):
     args = argparse.Namespace(
         data_dir=None, chat=False, num_prompts=2, max_tokens=2, batch_size=1, repeats=2
     )
-    args.seed, args.min_distinct = 0, 0.0
+    args.seed, args.min_distinct, args.json_schema = 0, 0.0, None
     cell = offline["Cell"](str(BENCHMARKS / "python_prompts.jsonl"), 0.0)
     saved, not_run = [], {}
     turns = offline["measure"](

@@ -20,6 +20,17 @@ MODEL = Path(__file__).parent.parent / "demo" / "model"
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 PROMPT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n"
 NGRAM_SIZE = 4
+TOOL = {
+    "name": "book_a_table",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "name_of_the_restaurant": {"enum": ["The Old Harbour", "Green Garden"]},
+            "number_of_guests": {"enum": [2, 4, 8]},
+        },
+        "required": ["name_of_the_restaurant", "number_of_guests"],
+    },
+}
 
 
 class Server(NamedTuple):
@@ -50,6 +61,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += ["--per-request-spec-decode-metrics", "detailed"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", "256M"]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    grammars = {"backend": "xgrammar", "disable_any_whitespace": True}
+    command += ["--structured-outputs-config", json.dumps(grammars)]
     command += ["--chat-template", TEMPLATE, "--port", str(port)]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
@@ -115,6 +129,35 @@ def test_good_requests(ask, stream: bool, client: OpenAI) -> None:
     assert plain
     assert ask(client, stream) == plain
     assert ask(client, stream, lookahead=True, lookahead_window_size=3) == plain
+
+
+def call_tool(client: OpenAI, named: bool, **xargs: object) -> dict[str, Any]:
+    choice = {"type": "function", "function": {"name": TOOL["name"]}}
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=120,
+        temperature=0,
+        tools=[{"type": "function", "function": TOOL}],
+        tool_choice=choice if named else "auto",
+        extra_body={"vllm_xargs": xargs},
+    )
+    message = answer.choices[0].message
+    calls = [call.function.model_dump() for call in message.tool_calls or []]
+    return {"content": message.content, "calls": calls}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_tool_calls(named: bool, server: Server, client: OpenAI) -> None:
+    plain = call_tool(client, named, lookahead=0)
+    before = server.counters()
+    assert call_tool(client, named) == plain
+    after = server.counters()
+    assert after["num_accepted_tokens_total"] > before["num_accepted_tokens_total"]
+    if named:
+        (call,) = plain["calls"]
+        assert call["name"] == TOOL["name"]
+        json.loads(call["arguments"])  # any JSON, as the tool is not "strict"
 
 
 @pytest.mark.parametrize("stream", [False, True])

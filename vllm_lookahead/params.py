@@ -7,8 +7,9 @@ set size G; and a budget of nodes. Imports neither torch nor vLLM.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 METHOD = "lookahead"  # of vLLM's `speculative_config`
 
@@ -59,6 +60,12 @@ class LookaheadParams:
     def can_branch(self) -> bool:
         """Whether a draft tree may be more than one chain."""
         return self.window_size > 0 or self.verification_set_size > 1
+
+    @cached_property
+    def chain(self) -> Self:
+        """Of trees that are one chain, without a window."""
+        g = min(1, self.verification_set_size)
+        return replace(self, window_size=0, verification_set_size=g)
 
     @property
     def max_grown_nodes(self) -> int:

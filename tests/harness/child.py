@@ -63,7 +63,9 @@ class Engines:
             chunks = logits_in_chunks(engine.pop("chunk_rows", None))
             default = default_sizes(engine.pop("default_sizes", None))
             step_times = engine.pop("step_times", None)
-            with chunks, default, request_states(self.dense):
+            wanted = job["lookahead"] and engine.get("async_scheduling")
+            ahead = scheduled_ahead() if wanted else nullcontext()
+            with chunks, default, request_states(self.dense), ahead:
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
@@ -123,6 +125,22 @@ class Chunks:
             return output
 
         scheduler.schedule = counted
+
+
+@contextmanager
+def scheduled_ahead() -> Iterator[None]:
+    """Have vLLM schedule ahead on a CPU, too, with the V2 runner as with V1."""
+    from vllm.platforms import current_platform
+
+    check = current_platform.check_and_update_config
+
+    def checked(config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    name, platform = "check_and_update_config", type(current_platform)
+    with mock.patch.object(platform, name, staticmethod(checked)):
+        yield
 
 
 def logits_in_chunks(rows: int | None) -> AbstractContextManager:
@@ -256,7 +274,7 @@ def sampling_params(request: dict[str, Any]) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
     options = dict(request["params"])
-    kinds = ("regex", "json", "choice")
+    kinds = ("regex", "json", "choice", "grammar")
     if grammar := {k: options.pop(k) for k in kinds if k in options}:
         options["structured_outputs"] = StructuredOutputsParams(**grammar)
     if bias := options.get("logit_bias"):  # JSON has no integer keys

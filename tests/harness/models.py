@@ -12,7 +12,7 @@ def make_model(
     """A Llama of two layers, with a tokenizer of one token per character."""
     import torch
     from tokenizers import Regex, Tokenizer
-    from tokenizers.decoders import Fuse
+    from tokenizers.decoders import ByteFallback, Fuse, Sequence
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ def make_model(
     pieces += [f"<{i}>" for i in range(len(pieces), VOCAB_SIZE)]
     tokenizer = Tokenizer(WordLevel({p: i for i, p in enumerate(pieces)}, " "))
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    tokenizer.decoder = Fuse()
+    tokenizer.decoder = Sequence([ByteFallback(), Fuse()])  # llguidance knows it
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(path)

@@ -71,11 +71,26 @@ CALLED = [
     f"{GPU}.sample.sampler:Sampler.get_logprobs_dims",
     f"{GPU}.spec_decode.adaptive_verification:"
     "AdaptiveVerificationManager.set_initial_cost_curves",
+    f"{GPU}.spec_decode.utils:DraftTokensHandler.get_draft_tokens",
+    f"{GPU}.spec_decode.utils:DraftTokensHandler.set_draft_tokens",
     f"{GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
     f"{GPU}.warmup:warmup_kernels",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
     "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+    "vllm.v1.engine.core:EngineCore.post_step",
+    "vllm.v1.engine.core:EngineCore.step_with_batch_queue",
+    "vllm.v1.structured_output:StructuredOutputManager._get_constraint_bounds",
     "vllm.v1.structured_output:StructuredOutputManager.grammar_bitmask",
+    "vllm.v1.structured_output:StructuredOutputManager.validate_tokens",
+    *(
+        f"vllm.v1.structured_output.backend_{module}:{name}.{method}"
+        for module, name in (
+            ("guidance", "GuidanceGrammar"),
+            ("xgrammar", "XgrammarGrammar"),
+        )
+        for method in ("accept_tokens", "is_terminated", "rollback", "validate_tokens")
+    ),
+    "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
     "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model",
 ]
 

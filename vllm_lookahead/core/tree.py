@@ -62,6 +62,11 @@ class DraftTree:
         tokens, parents, depths, kinds = (column[:, :size] for column in columns)
         return type(self)(tokens, parents, depths, kinds, self.num_nodes)
 
+    def chains(self) -> list[list[int]]:
+        """The tokens behind each root, of trees that are chains."""
+        rows = zip(self.tokens.tolist(), self.num_nodes.tolist(), strict=True)
+        return [tokens[1:count] for tokens, count in rows]
+
     def nodes(self) -> list[list[Node]]:
         """The nodes of each tree, without the padding."""
         columns = self.tokens, self.parents, self.depths, self.kinds

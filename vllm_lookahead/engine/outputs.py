@@ -14,17 +14,20 @@ from vllm_lookahead.engine.forest import Curve
 
 @dataclass
 class LookaheadSchedulerOutput(SchedulerOutput):
-    """A `SchedulerOutput` that says how wide its trees may be.
+    """A `SchedulerOutput` that says how wide its trees may be, and what some are.
 
     Attributes:
         max_nodes: request id -> nodes that its tree may have, the root among them;
             K/V slots of as many are reserved.
         best_nodes: how many nodes to feed beside the roots, the likeliest of all trees;
             input tokens of as many are reserved. None: all that `max_nodes` allows.
+        paths: request id -> position of the first token, and tokens; of each request
+            with a grammar that has drafts in this step, see `engine.paths`.
     """
 
     max_nodes: dict[str, int] = field(default_factory=dict)
     best_nodes: int | None = None
+    paths: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
 
 @dataclass

@@ -4,6 +4,11 @@
 It never sees the tokens of a tree, but says how many nodes it may have. It marks each
 request that drafts with N-1 placeholders, which the worker expands into T nodes, and
 leaves them room: input tokens and K/V slots. Metrics and rollback are then vLLM's own.
+
+A request with a grammar drafts one chain. vLLM masks the logits behind drafts that it
+knows, so the worker tells them: before they are fed, and then what the grammar leaves
+no choice about is fed with them; or, of a step that began before the last one was
+known, once they are.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -13,14 +18,16 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
+from vllm.v1.structured_output.utils import strip_speculative_padding
 
+from vllm_lookahead.engine.forced import ForcedTokens
 from vllm_lookahead.engine.forest import Forest
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.shares import nodes_within, tree_share
-from vllm_lookahead.engine.support import V2_WORKER
+from vllm_lookahead.engine.support import V1_EXECUTOR, V2_WORKER
 from vllm_lookahead.params import LookaheadParams, request_params
 
 if TYPE_CHECKING:
@@ -49,6 +56,7 @@ class LookaheadScheduler(Scheduler):
     """vLLM's scheduler with room for draft trees, and a switch per request."""
 
     max_num_scheduled_tokens: int
+    is_ahead = False  # of the worker, by a step
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Self:
         # `EngineArgs` names the class before vLLM settles async scheduling.
@@ -71,14 +79,20 @@ class LookaheadScheduler(Scheduler):
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
         # Only the GPU engine's trees share a step's tokens.
-        worker = self.vllm_config.parallel_config.worker_cls
-        self.trees_share = worker == V2_WORKER
+        parallel = self.vllm_config.parallel_config
+        self.trees_share = parallel.worker_cls == V2_WORKER
         self.forest: Forest | None = None
         if self.trees_share and config.ranks_nodes:
             limits = self.max_num_running_reqs, self.input_tokens
             self.forest = Forest(*limits, self.lookahead.max_candidate_nodes)
         self.chances = np.zeros(0)  # of the nodes of the next step, falling
+        # Whether a step with a grammar begins once its masks are there.
+        self.is_held = parallel.distributed_executor_backend == V1_EXECUTOR
         self.rooms: dict[str, TreeRoom] = {}  # of the next step, by request id
+        n = self.lookahead.ngram_size
+        self.forced = ForcedTokens(self.structured_output_manager, most=n)
+        # Of the next step, see `LookaheadSchedulerOutput`.
+        self.paths: dict[str, tuple[int, list[int]]] = {}
         manager: Any = self.kv_cache_manager
         self._allocate_slots = manager.allocate_slots
         manager.allocate_slots = self.allocate_slots
@@ -86,23 +100,51 @@ class LookaheadScheduler(Scheduler):
     def params(self, request: Request) -> LookaheadParams | None:
         """The sizes that a request drafts with; None if it does not draft."""
         sampling = request.sampling_params
-        # A grammar is checked along one chain, token by token: it runs plain.
-        if sampling is None or request.use_structured_output:
+        if sampling is None:
             return None
-        return request_params(sampling.extra_args, self.lookahead)
+        params = request_params(sampling.extra_args, self.lookahead)
+        # A grammar is checked along one chain, token by token.
+        return params.chain if params and request.use_structured_output else params
 
     def tree_sizes(self, request: Request) -> tuple[int, int]:
         """T of a request that drafts, and the root with the candidates among it."""
         params = self.params(request) or self.lookahead
         if params is self.lookahead:
             return self.full_sizes
+        if request.use_structured_output and request.spec_token_ids:
+            drafts = len(request.spec_token_ids)
+            return 1 + drafts, 1 + drafts
         return params.max_tree_size, 1 + params.max_candidate_nodes
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.make_room()
         output = super().schedule(*args, **kwargs)
         most, best = self.share_nodes(output)
-        return LookaheadSchedulerOutput(**vars(output), max_nodes=most, best_nodes=best)
+        paths, self.paths = self.paths, {}
+        return LookaheadSchedulerOutput(
+            **vars(output),
+            max_nodes=most,
+            best_nodes=best,
+            paths={
+                request_id: paths.get(request_id) or self.path(request_id, drafts)
+                for request_id, drafts in output.scheduled_spec_decode_tokens.items()
+                if self.requests[request_id].use_structured_output
+            },
+        )
+
+    def path(self, request_id: str, drafts: list[int]) -> tuple[int, list[int]]:
+        """What a request with a grammar goes on with from the tokens known of it.
+
+        Args:
+            request_id: the request's.
+            drafts: its next tokens as far as they are scheduled; placeholders where
+                only the worker knows what it drafts.
+        """
+        request = self.requests[request_id]
+        drafts = strip_speculative_padding(drafts)
+        if self.is_ahead and not self.is_held:
+            drafts = [*drafts, *self.forced.after(request, drafts)]
+        return request.num_tokens, drafts
 
     def make_room(self) -> None:
         """Size the trees of the next step, and keep input tokens for their nodes.
@@ -224,6 +266,8 @@ class LookaheadScheduler(Scheduler):
     def num_drafts(self, request: Request) -> int:
         """Draft tokens to schedule for a request: N-1, or 0 when it is off."""
         params = self.params(request)
+        if params and request.use_structured_output:
+            return params.max_candidate_nodes
         return params.ngram_size - 1 if params else 0
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -231,7 +275,68 @@ class LookaheadScheduler(Scheduler):
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]
             if not request.is_prefill_chunk:
-                request.spec_token_ids = [PLACEHOLDER] * self.num_drafts(request)
+                # Drafts under a grammar come with `update_draft_token_ids`.
+                waits = request.use_structured_output and not self.is_ahead
+                count = 0 if waits else self.num_drafts(request)
+                request.spec_token_ids = [PLACEHOLDER] * count
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take the drafts that requests with a grammar are fed in the next step.
+
+        Others keep their placeholders.
+        """
+        for request_id, drafts in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
+            request = self.requests.get(request_id)
+            if request is None or request.is_finished() or request.is_prefill_chunk:
+                continue
+            if request.use_structured_output:
+                most = self.num_drafts(request)
+                request.spec_token_ids = self.chain(request, drafts, most)
+
+    def chain(self, request: Request, drafts: list[int], most: int) -> list[int]:
+        """Drafts of a request with a grammar, and what it leaves no choice about.
+
+        Args:
+            request: the request, all of whose tokens are known.
+            drafts: those of the worker.
+            most: of both.
+        """
+        manager = self.structured_output_manager
+        drafts = list(manager.validate_tokens(request, drafts[:most]))
+        forced = self.forced.after(request, [])
+        if drafts[: len(forced)] != forced:
+            drafts = forced
+        elif drafts and len(drafts) < most:
+            drafts += self.forced.after(request, drafts)
+        return drafts[:most]
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        """Take the drafts of a step that is scheduled, and is under way if not held."""
+        output: Any = scheduler_output
+        scheduled = output.scheduled_spec_decode_tokens
+        if not self.is_held:
+            super().update_draft_token_ids_in_output(draft_token_ids, scheduler_output)
+        own = dict(
+            zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
+        )
+        for request_id, placeholders in list(scheduled.items()):
+            request = self.requests.get(request_id)
+            if request is None or request.is_finished():
+                continue
+            if not request.use_structured_output:
+                continue
+            if not self.is_held:
+                self.paths[request_id] = self.path(request_id, placeholders)
+                continue
+            most = len(placeholders)
+            chain = self.chain(request, own.get(request_id, []), most)
+            output.paths[request_id] = request.num_tokens, chain
+            output.max_nodes[request_id] = 1 + len(chain)
+            scheduled[request_id] = chain + [PLACEHOLDER] * (most - len(chain))
 
     def update_from_output(
         self,
@@ -247,10 +352,18 @@ class LookaheadScheduler(Scheduler):
         if drafted is not None:
             placeholders = scheduler_output.scheduled_spec_decode_tokens
             scheduler_output.num_invalid_spec_tokens = {
-                request_id: len(tokens) - drafted.get(request_id, 0)
+                request_id: len(tokens)
+                - min(drafted.get(request_id, 0), self.acceptable(request_id, tokens))
                 for request_id, tokens in placeholders.items()
             }
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def acceptable(self, request_id: str, drafts: list[int]) -> int:
+        """Drafts of a step that a grammar, if there is one, lets the model say."""
+        request = self.requests.get(request_id)
+        if request is None or not request.use_structured_output:
+            return len(drafts)
+        return len(strip_speculative_padding(drafts))
 
     def make_spec_decoding_stats(
         self,
@@ -274,3 +387,5 @@ class LookaheadScheduler(Scheduler):
 
 class LookaheadAsyncScheduler(LookaheadScheduler, AsyncScheduler):
     """Two steps in flight: the worker knows which drafts the placeholders are."""
+
+    is_ahead = True

@@ -40,8 +40,9 @@ def _cut_kernel(
     for b in range(num_nodes.shape[0]):
         if kinds[b, num_nodes[b] - 1] != WINDOW:
             for node in range(1, num_nodes[b]):
-                cells[count], values[count] = b * size + node, -chances[b, node]
-                count += 1
+                if chances[b, node] > 0:
+                    cells[count], values[count] = b * size + node, -chances[b, node]
+                    count += 1
     order = np.argsort(values[:count], kind="mergesort")
     best, kept = emitted / (seconds[0] + per_emitted * emitted), 0
     for i in range(count):

@@ -48,7 +48,7 @@ def bin_of(chance: float) -> int:
 def cut(tree: DraftTree, chances: torch.Tensor, worth: Worth) -> float:
     """Keep the candidates that are worth their time, in place.
 
-    A tree with a window stays whole.
+    A tree with a window stays whole, and one whose chances are 0.
 
     Args:
         tree: B trees.
@@ -63,7 +63,7 @@ def cut(tree: DraftTree, chances: torch.Tensor, worth: Worth) -> float:
         (-float(chances[b, node]), b, node)
         for b, count in enumerate(tree.num_nodes.tolist())
         for node in range(1, count)
-        if tree.kinds[b, count - 1] != WINDOW
+        if tree.kinds[b, count - 1] != WINDOW and chances[b, node] > 0
     ]
     nodes.sort()
     emitted, kept = worth.emitted, 0

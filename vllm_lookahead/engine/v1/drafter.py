@@ -2,6 +2,7 @@
 """Draft for a step: gather what is known, grow trees, cut them, lay them out."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.estimate import Hints
 from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
+from vllm_lookahead.engine.paths import Paths, follow
 from vllm_lookahead.engine.v1.forest import Forest
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
 from vllm_lookahead.engine.v1.trees import StepTrees
@@ -35,6 +38,7 @@ class TreeDrafter:
     Attributes:
         server: the sizes that the server was started with, the most of each.
         sizes: those of each request that drafts.
+        grammars: those of these requests that have one.
         bigrams: [V, R] int32, see `core.draft.bigrams`; V is 0 before the model was
             asked.
         bigram_logprobs: [V, R] float32 of them.
@@ -53,6 +57,7 @@ class TreeDrafter:
         """
         self.server, self.ops = server, ops
         self.sizes: dict[str, LookaheadParams] = {}
+        self.grammars: set[str] = set()
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
         self.bigram_logprobs = torch.zeros(0, 0)
         self.forest = Forest(max_num_tokens)
@@ -61,12 +66,17 @@ class TreeDrafter:
 
     def add_request(self, request_id: str, sampling: SamplingParams | None) -> None:
         sizes = request_params(sampling and sampling.extra_args, self.server)
-        if sizes is not None:
-            self.sizes[request_id] = sizes
+        if sizes is None:
+            return
+        if sampling is not None and sampling.structured_outputs is not None:
+            sizes = sizes.chain
+            self.grammars.add(request_id)
+        self.sizes[request_id] = sizes
 
     def remove_request(self, request_id: str) -> None:
         self.sizes.pop(request_id, None)
         self.tables.remove(request_id)
+        self.grammars.discard(request_id)
 
     def start_step(self, last: StepTrees | None) -> None:
         """Learn from the step that ends now, if it had trees only, what nodes cost."""
@@ -95,7 +105,46 @@ class TreeDrafter:
             pages: what is known of the requests' texts.
         """
         inputs = runner.input_batch
-        ids, table = self._wanted(output, inputs)
+        placeholders = output.scheduled_spec_decode_tokens
+        wanted = {r: output.max_nodes[r] for r in placeholders}
+        ids, table = self._wanted(wanted, inputs, inputs.num_computed_tokens_cpu)
+        batch, tree, chances = self._grow(runner, pages, table)
+        if output.paths:
+            tree = self._follow(output.paths, ids, batch, tree, chances)
+        requests = table[:, INDEX].copy()
+        scheduled = output.num_scheduled_tokens
+        num_tokens = np.array([scheduled[r] for r in inputs.req_ids])
+        num_other = int(num_tokens.sum() - num_tokens[requests].sum())
+        self.forest.cut(tree, chances, len(num_tokens), num_other)
+        flat = lay_out(tree, batch, requests, num_tokens, runner.max_model_len)
+        num_logits = np.diff(flat.logits_start)[requests].tolist()
+        for b, nodes in enumerate(tree.num_nodes.tolist()):
+            scheduled[ids[b]] = nodes
+            # vLLM counts a request's logits rows by its drafts.
+            placeholders[ids[b]] = [0] * (num_logits[b] - 1)
+        output.total_num_scheduled_tokens = int(flat.start[-1])
+        return StepTrees(ids, requests, batch, tree, flat, chances)
+
+    def draft_ahead(
+        self, runner: CPUModelRunner, pages: BlockPages
+    ) -> dict[str, list[int]]:
+        """Chains of the requests with a grammar, at the end of a step."""
+        inputs = runner.input_batch
+        wanted = {
+            r: self.sizes[r].max_tree_size for r in inputs.req_ids if r in self.grammars
+        }
+        if not wanted:
+            return {}
+        position = inputs.num_tokens_no_spec - 1
+        ids, table = self._wanted(wanted, inputs, position)
+        _, tree, _ = self._grow(runner, pages, table)
+        return dict(zip(ids, tree.chains(), strict=True))
+
+    def _grow(
+        self, runner: CPUModelRunner, pages: BlockPages, table: np.ndarray
+    ) -> tuple[RequestBatch, DraftTree, torch.Tensor]:
+        """Trees of the requests in a table, and the chances of their nodes."""
+        inputs = runner.input_batch
         plain = needs_plain_rows(inputs.sampling_metadata)
         w, n, g, max_nodes = size_trees(table, runner.max_model_len, plain)
         # Contiguous, for kernels are compiled by layout.
@@ -114,35 +163,51 @@ class TreeDrafter:
             self.forest.least,
         )
         most = self.server.verification_set_size
+        ids = [inputs.req_ids[i] for i in requests.tolist()]
         self.tables.choose(ids, pages, num_blocks)
         tree, chances = self.ops.draft(pages, batch, hints, most, tables=self.tables)
+        return batch, tree, chances
 
-        scheduled = output.num_scheduled_tokens
-        placeholders = output.scheduled_spec_decode_tokens
-        num_tokens = np.array([scheduled[r] for r in inputs.req_ids])
-        num_other = int(num_tokens.sum() - num_tokens[requests].sum())
-        self.forest.cut(tree, chances, len(num_tokens), num_other)
-        flat = lay_out(tree, batch, requests, num_tokens, runner.max_model_len)
-        num_logits = np.diff(flat.logits_start)[requests].tolist()
-        for b, nodes in enumerate(tree.num_nodes.tolist()):
-            scheduled[ids[b]] = nodes
-            # vLLM counts a request's logits rows by its drafts.
-            placeholders[ids[b]] = [0] * (num_logits[b] - 1)
-        output.total_num_scheduled_tokens = int(flat.start[-1])
-        return StepTrees(ids, requests, batch, tree, flat, chances)
+    def _follow(
+        self,
+        paths: dict[str, tuple[int, list[int]]],
+        ids: list[str],
+        batch: RequestBatch,
+        tree: DraftTree,
+        chances: torch.Tensor,
+    ) -> DraftTree:
+        """The trees, those of requests with a path along it, and to be fed whole."""
+        rows = torch.tensor([b for b, r in enumerate(ids) if r in paths])
+        chains = DraftTree(*(column[rows] for column in vars(tree).values()))
+        followed = follow(
+            chains,
+            batch.position[rows],
+            batch.root[rows],
+            torch.minimum(batch.max_nodes, batch.ngram_size)[rows, None],
+            Paths.of([paths[ids[b]] for b in rows.tolist()], "cpu"),
+        )
+        for column, values in zip(
+            vars(tree).values(), vars(followed).values(), strict=True
+        ):
+            column[rows] = values
+        chances[rows] = 0.0  # the scheduler counts on all of them
+        return tree
 
     def _wanted(
-        self, output: LookaheadSchedulerOutput, inputs: Any
+        self, wanted: Mapping[str, int], inputs: Any, position: np.ndarray
     ) -> tuple[list[str], np.ndarray]:
-        """The requests with placeholders, and the table of them `size_trees` takes."""
-        placeholders = output.scheduled_spec_decode_tokens
-        num_computed = inputs.num_computed_tokens_cpu
+        """The requests that are to draft, and the table of them `size_trees` takes.
+
+        Args:
+            wanted: request id -> most nodes of its tree.
+            inputs: the runner's batch.
+            position: [i], p of each request of the batch.
+        """
         ids, table = [], []
         for i, request_id in enumerate(inputs.req_ids):
-            if request_id in placeholders:
+            if request_id in wanted:
                 own = self.sizes[request_id]
                 sizes = own.fed_window_size, own.ngram_size, own.verification_set_size
                 ids.append(request_id)
-                most = output.max_nodes[request_id]
-                table.append((i, num_computed[i], *sizes, most))
+                table.append((i, position[i], *sizes, wanted[request_id]))
         return ids, np.array(table, dtype=np.int64)

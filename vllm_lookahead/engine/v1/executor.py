@@ -2,8 +2,9 @@
 """vLLM's multiprocess executor, with one call per step where it makes two.
 
 A call must be unpacked and answered, 0.1 ms of the worker's time. Between
-`execute_model` and `sample_tokens` nothing happens but the work of a grammar; a step
-that has one is executed as vLLM does.
+`execute_model` and `sample_tokens` nothing happens but the work of a grammar. A step
+that has one begins when that is done: with drafts that the grammar allows, which are
+known only then, it says more than the work takes.
 """
 
 from concurrent.futures import Future
@@ -26,12 +27,7 @@ class LookaheadExecutor(MultiprocExecutor):
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
-        samples_next = (
-            non_block
-            and scheduler_output.total_num_scheduled_tokens > 0
-            and not scheduler_output.has_structured_output_requests
-        )
-        if not samples_next:
+        if not (non_block and scheduler_output.total_num_scheduled_tokens > 0):
             return super().execute_model(scheduler_output, non_block)
         self._to_execute = scheduler_output
         future: Future[ModelRunnerOutput | None] = Future()

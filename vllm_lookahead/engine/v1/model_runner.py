@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import (
     GrammarOutput,
     SchedulerOutput,
 )
-from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.pages import EMPTY, BlockPages
@@ -29,6 +29,7 @@ from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v1 import linear
 from vllm_lookahead.engine.v1.attention import slot_views
 from vllm_lookahead.engine.v1.drafter import TreeDrafter
+from vllm_lookahead.engine.v1.grammar import apply_grammar
 from vllm_lookahead.engine.v1.sampling import sample_along_trees
 from vllm_lookahead.engine.v1.step_time import StepTime, table_of, time_steps
 from vllm_lookahead.engine.v1.trees import StepTrees
@@ -48,6 +49,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         tree_drafter: what drafts are made of.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
+        num_scheduled: request id -> drafts that the scheduler knows of, in that step.
         feeds_alone: whether a step of trees alone needs nothing of vLLM's inputs.
     """
 
@@ -68,6 +70,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.tree_drafter = TreeDrafter(params, self.ops, self.max_num_tokens)
         self.slot_views: list[torch.Tensor] = []
         self.step: StepTrees | None = None
+        self.num_scheduled: dict[str, int] = {}
         self.idle_generators: dict[int, torch.Generator] = {}
         self.feeds_alone = False
 
@@ -136,6 +139,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
                 scheduler_output.scheduled_spec_decode_tokens.copy()
             ),
         )
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self.num_scheduled = {r: len(tokens) for r, tokens in drafts.items()}
         self.tree_drafter.start_step(self.step)
         self.step = None
         output = super().execute_model(scheduler_output, *args, **kwargs)
@@ -253,7 +258,31 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        step, self_output = self.step, super().sample_tokens(grammar_output)
+        step, state = self.step, self.execute_model_state  # type: ignore[has-type]
+        if step is not None and state is not None and grammar_output is not None:
+            logits = apply_grammar(
+                state.logits,
+                step,
+                self.input_batch.req_ids,
+                self.num_scheduled,
+                grammar_output,
+            )
+            self.execute_model_state = state._replace(logits=logits)
+            grammar_output = None
+        self_output = super().sample_tokens(grammar_output)
         if step is None or not isinstance(self_output, ModelRunnerOutput):
             return self_output
         return LookaheadModelRunnerOutput.wrap(self_output, step.num_draft_tokens())
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Chains of the requests with a grammar, which the scheduler has to check.
+
+        Of the step under way, if there is one; else of the next one, which is fed what
+        the scheduler makes of them.
+        """
+        drafter = self.tree_drafter
+        if self.execute_model_state is None:
+            chains = drafter.draft_ahead(self, self.pages)
+        else:
+            chains = self.step.chains(drafter.grammars) if self.step else {}
+        return DraftTokenIds(list(chains), list(chains.values())) if chains else None

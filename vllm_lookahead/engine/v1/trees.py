@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draft trees of a step, laid out in the V1 runner's flat batch."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +127,11 @@ class StepTrees:
         """
         first_row = torch.from_numpy(self.flat.logits_start[self.requests])
         return Answers(*likeliest_tokens(logits), first_row.int())
+
+    def chains(self, wanted: Set[str]) -> dict[str, list[int]]:
+        """The drafts of some requests, whose trees are chains."""
+        chains = zip(self.request_ids, self.tree.chains(), strict=True)
+        return {request_id: c for request_id, c in chains if request_id in wanted}
 
     def num_draft_tokens(self) -> dict[str, int]:
         """Longest candidate of each request: what vLLM's metrics call its drafts."""

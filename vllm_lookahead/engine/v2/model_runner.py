@@ -8,6 +8,7 @@ until `sample` says which of them hold.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.page_memory import announce, page_share
+from vllm_lookahead.engine.paths import Paths
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v2.attention import (
     attention_layers,
@@ -179,10 +180,30 @@ class LookaheadModelRunner(BaseModelRunner):
         if not dummy_run:
             self.adaptive_verification = None
             if scheduler_output.scheduled_spec_decode_tokens:
+                if paths := getattr(scheduler_output, "paths", {}):
+                    self.follow(paths)
                 scheduler_output = self.widen(scheduler_output)
         return super().execute_model(
             scheduler_output, *args, dummy_run=dummy_run, **kwargs
         )
+
+    def follow(self, paths: Mapping[str, tuple[int, list[int]]]) -> None:
+        """Have requests with a grammar draft what the scheduler asks for.
+
+        A scheduler that is a step ahead is then told what they are fed: it comes for
+        that while the step is under way.
+        """
+        requests = self.req_states
+        index = np.array([requests.req_id_to_index[r] for r in paths])
+        drafts = self.waiting.follow(
+            Paths.of(list(paths.values()), self.device),
+            async_tensor_h2d(index, device=self.device),
+            requests.num_computed_tokens.gpu,
+            requests.last_sampled_tokens[:, 0],
+            self.lookahead.ngram_size - 1,
+        )
+        fed: Any = SimpleNamespace(req_ids=list(paths), has_structured_output_reqs=True)
+        self.draft_tokens_handler.set_draft_tokens(fed, drafts)
 
     def widen(self, narrow: SchedulerOutput) -> SchedulerOutput:
         """The scheduler's output with as many tokens as the trees have nodes.
@@ -312,11 +333,6 @@ class LookaheadModelRunner(BaseModelRunner):
             self.__dict__.pop(name, None)
         vars(self.speculator).pop("pages", None)
         super().shutdown()
-
-    def take_draft_token_ids(self) -> DraftTokenIds | None:
-        draft_token_ids = super().take_draft_token_ids()
-        # Our scheduler marks by itself which requests draft, and how many.
-        return draft_token_ids if self.scheduler_config.async_scheduling else None
 
     @torch.inference_mode()
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:

@@ -8,7 +8,9 @@ gathers those of its batch.
 
 import torch
 
+from vllm_lookahead.core.pages import EMPTY
 from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.engine.paths import Paths, follow
 from vllm_lookahead.triton_kernels.waiting import store_trees
 
 
@@ -47,3 +49,33 @@ class WaitingTrees:
         """
         waiting = self.columns, self.num_nodes, self.chances
         store_trees(tree, chances, idx_mapping, *waiting, drafts)
+
+    def follow(
+        self,
+        paths: Paths,
+        index: torch.Tensor,
+        position: torch.Tensor,
+        root: torch.Tensor,
+        num_drafts: int,
+    ) -> torch.Tensor:
+        """Have chains take the paths that the scheduler asks for.
+
+        Args:
+            paths: of B requests.
+            index: [B] int64, the request index of each; their trees are chains.
+            position, root: by request index, p and x of each.
+            num_drafts: N-1.
+
+        Returns:
+            [B, N-1] int64, the drafts that they are fed, EMPTY behind the last.
+        """
+        columns = self.columns[:, index].unbind(0)
+        chains = DraftTree(*[*columns, self.num_nodes[index]])
+        t = self.columns.shape[2]
+        chains = follow(chains, position[index], root[index], t, paths)
+        *columns, num_nodes = vars(chains).values()
+        self.columns[:, index] = torch.stack(columns)
+        self.num_nodes[index] = num_nodes
+        node = torch.arange(1, num_drafts + 1, device=index.device)
+        drafts = chains.tokens[:, 1 : num_drafts + 1]
+        return drafts.where(node < num_nodes[:, None], EMPTY).long()
