@@ -7,7 +7,7 @@ set size G; and a budget of nodes. Imports neither torch nor vLLM.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 METHOD = "lookahead"  # of vLLM's `speculative_config`
@@ -59,6 +59,14 @@ class LookaheadParams:
     def can_branch(self) -> bool:
         """Whether a draft tree may be more than one chain."""
         return self.window_size > 0 or self.verification_set_size > 1
+
+    def as_chain(self) -> "LookaheadParams":
+        """These sizes without a window and without branches."""
+        return replace(
+            self,
+            window_size=0,
+            verification_set_size=min(1, self.verification_set_size),
+        )
 
     @property
     def max_grown_nodes(self) -> int:

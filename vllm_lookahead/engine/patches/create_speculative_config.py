@@ -28,11 +28,15 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_lookahead.engine.support import (
             SCHEDULER,
             check_supported,
+            why_one_chain,
             worker_class,
         )
 
-        config = LookaheadConfig.from_options(speculative_options(self))
-        check_supported(target_model_config, target_parallel_config)
+        worker = worker_class()
+        check_supported(target_model_config, target_parallel_config, worker)
+        config = LookaheadConfig.from_options(
+            speculative_options(self), why_one_chain(target_model_config)
+        )
         if self.worker_cls != "auto":
             raise ValueError(
                 f"--worker-cls={self.worker_cls} cannot run lookahead, which has a "
@@ -52,7 +56,7 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         # Not with the others: its module is slow to import, and servers need it.
         install(["generate"])
-        target_parallel_config.worker_cls = worker_class()
+        target_parallel_config.worker_cls = worker
         self.scheduler_cls = SCHEDULER
         config.target_model_config = target_model_config
         config.target_parallel_config = target_parallel_config

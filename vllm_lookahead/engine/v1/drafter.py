@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 from vllm.sampling_params import SamplingParams
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.estimate import Hints
@@ -33,6 +32,7 @@ class TreeDrafter:
 
     Attributes:
         server: the sizes that the server was started with, the most of each.
+        branches: whether trees may; else they are chains.
         sizes: those of each request that drafts.
         bigrams: [V, R] int32, see `core.draft.bigrams`; V is 0 before the model was
             asked.
@@ -42,6 +42,7 @@ class TreeDrafter:
 
     def __init__(self, server: LookaheadParams, ops: NumbaOps) -> None:
         self.server, self.ops = server, ops
+        self.branches = server.can_branch
         self.sizes: dict[str, LookaheadParams] = {}
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
         self.bigram_logprobs = torch.zeros(0, 0)
@@ -51,6 +52,7 @@ class TreeDrafter:
     def add_request(self, request_id: str, sampling: SamplingParams | None) -> None:
         sizes = request_params(sampling and sampling.extra_args, self.server)
         if sizes is not None:
+            sizes = sizes if self.branches else sizes.as_chain()
             self.sizes[request_id] = sizes
 
     def remove_request(self, request_id: str) -> None:
@@ -75,14 +77,14 @@ class TreeDrafter:
 
     def draft(
         self,
-        runner: CPUModelRunner,
+        runner: Any,
         output: LookaheadSchedulerOutput,
         pages: BlockPages,
     ) -> StepTrees:
         """Draft for every request with placeholders, and widen `output` to match.
 
         Args:
-            runner: vLLM's, between two steps.
+            runner: ours, between two steps.
             output: the scheduler's, of the step to come.
             pages: what is known of the requests' texts.
         """
@@ -94,7 +96,8 @@ class TreeDrafter:
         requests, position = table[:, INDEX].copy(), table[:, POSITION]
         # The tree's own slots included: accepted nodes move out of them.
         num_blocks = -(-int((position + max_nodes).max()) // pages.block_size)
-        block_table = inputs.block_table[0].block_table.np[requests, :num_blocks]
+        blocks = inputs.block_table[runner.page_group].block_table
+        block_table = blocks.np[requests, :num_blocks]
         root = inputs.token_ids_cpu[requests, position]
         columns = block_table, position.astype(np.int32), root, w, n, g, max_nodes
         batch = RequestBatch(*map(torch.from_numpy, columns))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each running request asked for, by request index, on the host."""
 
-from dataclasses import replace
-
 import numpy as np
 from vllm.sampling_params import SamplingParams
 
@@ -42,8 +40,7 @@ class RequestSizes:
         if params is None:
             params = LookaheadParams(0, 2, 0)
         elif chain:
-            g = min(1, params.verification_set_size)
-            params = replace(params, window_size=0, verification_set_size=g)
+            params = params.as_chain()
         self.table[:, index] = (
             params.fed_window_size,
             params.ngram_size,
