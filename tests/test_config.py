@@ -196,7 +196,7 @@ KINDS = {
         "architectures": ["MambaForCausalLM"],
         "model_type": "mamba",
     },
-    "recurrent state in vLLM's V1 model runner": {
+    "recurrent state on a CPU": {
         "architectures": ["FalconH1ForCausalLM"],
         "model_type": "falcon_h1",
     },
@@ -254,7 +254,7 @@ def test_data_parallelism_of_experts(
     config = engine_config(model, speculative_config=None)
     for size in (1, 2):
         config.parallel_config.data_parallel_size = size
-        parts = config.model_config, config.parallel_config, support.V2_WORKER
+        parts = config.model_config, config.parallel_config
         if refused and size > 1:
             with pytest.raises(ValueError, match="support data parallelism of mixture"):
                 support.check_supported(*parts)

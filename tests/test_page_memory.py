@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said at start-up, and what of the K/V cache's memory is kept for pages."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,15 @@ def test_pages_ride_the_group_that_keeps_the_most() -> None:
         assert page_memory.page_group(groups(*specs)) == expected
     with pytest.raises(ValueError, match="a layer whose K/V cache grows with the text"):
         page_memory.page_group(groups(state()))
+
+
+def test_blocks_out_of_the_window_are_not_read() -> None:
+    """Up to the first block that the window of the next token reaches into."""
+    table = torch.arange(1, 13, dtype=torch.int32).view(2, 6)
+    position = torch.tensor([60, 79], dtype=torch.int32)
+    kept = page_memory.kept_blocks(table, position, 32, 16)
+    assert kept.tolist() == [[0, 2, 3, 4, 5, 6], [0, 0, 0, 10, 11, 12]]
+    assert page_memory.kept_blocks(table, position, math.inf, 16) is table
 
 
 def test_the_start_up_line(monkeypatch: pytest.MonkeyPatch) -> None:

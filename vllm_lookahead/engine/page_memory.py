@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
@@ -20,6 +20,8 @@ except ImportError:  # vLLM 0.32
 
 from vllm_lookahead.core.pages import page_bytes
 from vllm_lookahead.params import LookaheadParams
+
+NULL_BLOCK = 0
 
 logger = init_logger("vllm.lookahead")
 
@@ -49,16 +51,38 @@ def page_group(groups: Sequence[Any]) -> int:
 
 
 def kept_tokens(spec: Any) -> float:
-    """How much of a text's K/V a layer keeps, at least, in tokens; 0 for a state."""
+    """How much of a text's K/V a layer keeps behind any token, in tokens.
+
+    0 for a state, and for local attention by chunks, which forgets all of one at once.
+    """
     if isinstance(spec, UniformTypeKVCacheSpecs):
         spec = next(iter(spec.kv_cache_specs.values()))
     if isinstance(spec, FullAttentionSpec):
         return math.inf
     if isinstance(spec, SlidingWindowSpec):
         return spec.sliding_window
-    if isinstance(spec, ChunkedLocalAttentionSpec):
-        return spec.attention_chunk_size
     return 0
+
+
+def kept_blocks(
+    block_table: torch.Tensor, position: torch.Tensor, kept: float, block_size: int
+) -> torch.Tensor:
+    """The block table without the blocks that slid out of a window.
+
+    vLLM has given them to other requests, whose tokens are none of this one's business.
+    In their place is vLLM's null block, whose page nobody writes.
+
+    Args:
+        block_table: [B, max_blocks] int32.
+        position: [B] int32, p of each request.
+        kept: what `kept_tokens` says of the group.
+        block_size: tokens per block.
+    """
+    if math.isinf(kept):
+        return block_table
+    first = (position - int(kept) + 1).clamp(min=0) // block_size
+    column = torch.arange(block_table.shape[1], device=block_table.device)
+    return block_table.masked_fill(column < first[:, None], NULL_BLOCK)
 
 
 def cache_groups(vllm_config: Any, specs: Mapping[str, Any]) -> list[Any]:

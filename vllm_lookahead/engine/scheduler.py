@@ -68,6 +68,10 @@ class LookaheadScheduler(Scheduler):
         self.full_sizes = widest, 1 + self.lookahead.max_candidate_nodes
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
+        if not self.scheduler_config.enable_chunked_prefill:
+            # Prompts come whole. A CPU widens its batches for them where attention is
+            # latent, after vLLM has taken this limit from them.
+            self.token_limit = self.input_tokens
         # Only the GPU engine's trees share a step's tokens.
         worker = self.vllm_config.parallel_config.worker_cls
         self.trees_share = worker == V2_WORKER

@@ -83,13 +83,12 @@ def why_one_chain(model: Any) -> str:
     return next((kind for kind, found in kinds.items() if found), "")
 
 
-def check_supported(model: Any, parallel: Any, worker: str) -> None:
+def check_supported(model: Any, parallel: Any) -> None:
     """Refuse what lookahead cannot run on, by name.
 
     Args:
         model: vLLM's `ModelConfig`.
         parallel: vLLM's `ParallelConfig`.
-        worker: what `worker_class` says.
 
     Raises:
         ValueError: naming the first kind of model or parallelism that is in the way.
@@ -100,7 +99,8 @@ def check_supported(model: Any, parallel: Any, worker: str) -> None:
         "diffusion models": model.is_diffusion,
         "models without attention": model.is_attention_free,
         "R-SWA": model.rswa_window is not None,
-        "recurrent state in vLLM's V1 model runner": worker == V1_WORKER
+        # Its kernels of recurrent layers keep no state per draft to go back to.
+        "recurrent state on a CPU": current_platform.is_cpu()
         and (model.is_hybrid or model.has_inner_state),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1

@@ -32,8 +32,7 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             worker_class,
         )
 
-        worker = worker_class()
-        check_supported(target_model_config, target_parallel_config, worker)
+        check_supported(target_model_config, target_parallel_config)
         config = LookaheadConfig.from_options(
             speculative_options(self), why_one_chain(target_model_config)
         )
@@ -56,7 +55,7 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         # Not with the others: its module is slow to import, and servers need it.
         install(["generate"])
-        target_parallel_config.worker_cls = worker
+        target_parallel_config.worker_cls = worker_class()
         self.scheduler_cls = SCHEDULER
         config.target_model_config = target_model_config
         config.target_parallel_config = target_parallel_config

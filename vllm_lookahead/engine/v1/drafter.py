@@ -15,6 +15,7 @@ from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.draft.price import DraftSizePolicy
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
+from vllm_lookahead.engine.page_memory import kept_blocks
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
 from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.layout import (
@@ -101,6 +102,9 @@ class TreeDrafter:
         root = inputs.token_ids_cpu[requests, position]
         columns = block_table, position.astype(np.int32), root, w, n, g, max_nodes
         batch = RequestBatch(*map(torch.from_numpy, columns))
+        batch.block_table = kept_blocks(
+            batch.block_table, batch.position, runner.page_kept, pages.block_size
+        )
         hints = Hints(
             self.bigrams,
             self.bigram_logprobs,

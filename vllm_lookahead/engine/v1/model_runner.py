@@ -6,6 +6,7 @@ them with a draft tree before vLLM prepares its inputs, samples along the tree, 
 hands vLLM the tokens that were emitted. Everything else is plain vLLM.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 from vllm_lookahead.engine.page_memory import (
     announce,
     cache_groups,
+    kept_tokens,
     page_group,
     page_share,
 )
@@ -56,7 +58,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         branches: whether trees may; else they are chains.
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
-        page_group: the group of K/V caches whose blocks they ride.
+        page_group, page_kept: the group of K/V caches whose blocks they ride, and how
+            much of a text it keeps, in tokens.
         tree_drafter: what drafts are made of.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
@@ -78,7 +81,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.ops = NumbaOps()
         self.branches = False  # until the model's layers are known
         self.pages: BlockPages
-        self.page_group = 0
+        self.page_group, self.page_kept = 0, math.inf
         self.tree_drafter = TreeDrafter(self.params, self.ops)
         self.slot_views: list[torch.Tensor] = []
         self.step: StepTrees | None = None
@@ -103,6 +106,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         groups = kv_cache_config.kv_cache_groups
         self.page_group = page_group(groups)
+        self.page_kept = kept_tokens(groups[self.page_group].kv_cache_spec)
         block_tables = self.input_batch.block_table.block_tables
         block_size = block_tables[self.page_group].block_size
         shared = all(t.slot_mapping.gpu is t.slot_mapping.cpu for t in block_tables)

@@ -6,6 +6,7 @@ trees of T nodes; from there on the batch is vLLM's own, with T tokens per reque
 until `sample` says which of them hold.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
@@ -27,7 +28,13 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.layers import check_layers, may_branch, no_trees
-from vllm_lookahead.engine.page_memory import announce, page_group, page_share
+from vllm_lookahead.engine.page_memory import (
+    announce,
+    kept_blocks,
+    kept_tokens,
+    page_group,
+    page_share,
+)
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v2.attention import (
     answer_lone_tokens,
@@ -84,7 +91,8 @@ class LookaheadModelRunner(BaseModelRunner):
         self.drafted: Drafted | None = None  # of the step that is sampled
         self.pages: BlockPages
         self.branches = params.can_branch  # until the model's layers are known
-        self.page_group = 0  # whose blocks the pages ride
+        # Whose blocks the pages ride, and how much of a text it keeps, in tokens.
+        self.page_group, self.page_kept = 0, math.inf
         self.slot_views: list[torch.Tensor] = []  # none where trees are chains
         # No node of a tree lies further from its root.
         self.max_depth = params.ngram_size + params.window_size
@@ -147,6 +155,7 @@ class LookaheadModelRunner(BaseModelRunner):
             return
         groups = self.kv_cache_config.kv_cache_groups
         self.page_group = page_group(groups)
+        self.page_kept = kept_tokens(groups[self.page_group].kv_cache_spec)
         block_size = groups[self.page_group].kv_cache_spec.block_size
         self.pages = BlockPages.allocate(
             self.kv_cache_config.num_blocks, block_size, self.lookahead, self.device
@@ -261,9 +270,16 @@ class LookaheadModelRunner(BaseModelRunner):
             input_batch.input_ids,
         )
 
-    def page_table(self) -> torch.Tensor:
-        """[max_num_reqs, max_blocks] int32, of the step's requests in batch order."""
-        return self.block_tables.input_block_tables[self.page_group]
+    def page_table(self, position: torch.Tensor) -> torch.Tensor:
+        """Block table of the pages, of the first requests of the step.
+
+        Args:
+            position: [B] int32, p of each.
+        """
+        table = self.block_tables.input_block_tables[self.page_group]
+        return kept_blocks(
+            table[: len(position)], position, self.page_kept, self.pages.block_size
+        )
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> Any:
         self.step.forget()

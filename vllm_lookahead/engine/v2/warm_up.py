@@ -24,7 +24,7 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
     if not isinstance(runner.ops, TritonOps):
         return
     started = time.perf_counter()
-    table = runner.page_table()
+    table = runner.block_tables.input_block_tables[runner.page_group]
     runner.ops.warm_up(
         runner.pages,
         table,
