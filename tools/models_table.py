@@ -20,7 +20,7 @@ from tests.harness.architectures import ARCHITECTURES, make_architecture
 from tests.harness.engines import Engines
 from tests.harness.environment import v1_environment, v2_environment
 from tests.harness.jobs import ACCEPTED, DRAFTED
-from tests.harness.kinds import CHAIN, EVERY_KIND, MORE_MODELS, TIGHT, mixed_jobs
+from tests.harness.kinds import CHAIN, EVERY_KIND, MORE_MODELS, mixed_jobs, tight
 from tests.v2.test_chains import JOBS, OPTIONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -70,7 +70,7 @@ def row(name: str, folder: Path, v1: Engines, v2: Engines) -> str:
     roomy = {"max_model_len": 256, "max_num_batched_tokens": 1024}
 
     def run_v1(sizes: dict[str, int] | None) -> dict[str, Any]:
-        limits = roomy if sizes is None else TIGHT
+        limits = roomy if sizes is None else tight(name)
         jobs = mixed_jobs(6, max_tokens=40)
         return v1.run(jobs, sizes, model=[name], **limits, **options)
 
@@ -90,10 +90,9 @@ def main(names: list[str]) -> None:
         text = HEAD.format(version=vllm.__version__)
         for name in names or ARCHITECTURES:
             text += row(name, folder, v1, v2)
-            print(text.splitlines()[-1], flush=True)
+            PAGE.write_text(text)
         v1.close()
         v2.close()
-    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

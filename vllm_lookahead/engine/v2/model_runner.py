@@ -307,7 +307,8 @@ class LookaheadModelRunner(BaseModelRunner):
         output, verdict, answers = self.tree_sampler.sample(
             hidden_states, input_batch, grammar_output
         )
-        batch = step.plan.batch(self.page_table(), step.position[:d], step.root[:d])
+        position = step.position[:d]
+        batch = step.plan.batch(self.page_table(position), position, step.root[:d])
         if self.slot_views:
             self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
         trees = step.trees(d)
