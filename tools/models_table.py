@@ -32,7 +32,8 @@ Each is a model of two layers with random weights, made by
 are compared with plain vLLM's on the same engine, token for token, in fp32, greedy and
 seeded. In V1 prompts are read in parts, prefixes shared, requests preempted, and some
 do not draft; latent attention reads prompts whole on a CPU, and shares none. V2 runs
-its Triton kernels on Triton's interpreter. What may be drafted is what
+its Triton kernels on Triton's interpreter. All were run in chains of four nodes, also
+where trees may branch. What may be drafted is what
 `python -m vllm_lookahead.doctor MODEL` says.
 
 | architecture | drafts | V1: accepted of drafted | V2: accepted of drafted |

@@ -30,11 +30,11 @@ def tight(name: str) -> dict[str, int]:
 
     Windows and chunks end within prompts.
     """
-    one_cache = name in ("BloomForCausalLM", "MistralForCausalLM")
+    blocks = {"BloomForCausalLM": 12, "MistralForCausalLM": 8}
     return {
         "max_model_len": 256,
         "max_num_batched_tokens": 64,
-        "num_gpu_blocks_override": 12 if one_cache else 20,
+        "num_gpu_blocks_override": blocks.get(name, 20),
     }
 
 

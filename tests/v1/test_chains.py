@@ -4,7 +4,7 @@
 import pytest
 
 from tests.harness.engines import Engines
-from tests.harness.jobs import ACCEPTED
+from tests.harness.jobs import ACCEPTED, request
 from tests.harness.kinds import CHAIN, EVERY_KIND, MORE_MODELS, mixed_jobs, tight
 
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in MORE_MODELS]
@@ -30,3 +30,20 @@ def test_same_as_plain(engines: Engines, name: str) -> None:
     cached = [o["cached"] for o in result["outputs"]]
     assert any(cached[-6:]) is not is_latent
     assert result["usage"] == [0, 0, 0]
+
+
+def test_cache_salt_of_two_caches(engines: Engines) -> None:
+    """Blocks of either group are shared under the salt that wrote them, and evicted."""
+    name = "GptOssForCausalLM"
+    texts = [list(range(i, i + 80)) for i in (2, 12, 15)]
+    salts = ["a", "a", "b", None]
+    jobs = [[request(texts[0], max_tokens=24, salt=salt)] for salt in salts]
+    jobs += [[request(text, max_tokens=24) for text in texts]] * 2
+    options = {"model": [name], "max_model_len": 256, "num_gpu_blocks_override": 20}
+    plain = engines.run(jobs, **options)["outputs"]
+    result = engines.run(jobs, CHAIN, **options)
+    assert [o["tokens"] for o in result["outputs"]] == [o["tokens"] for o in plain]
+    cached = [o["cached"] for o in result["outputs"]]
+    assert cached[1] > 0 and not any(cached[i] for i in (0, 2, 3))
+    assert cached == [o["cached"] for o in plain]
+    assert result["metrics"][ACCEPTED] > 0
