@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from vllm.model_executor.models import registry
 
 from tests.harness.environment import v2_environment
 from tests.hf_config import write_config
+from vllm_lookahead.engine import config as engine_config_module
 from vllm_lookahead.engine import support
 from vllm_lookahead.engine.config import LookaheadConfig, default_params
 from vllm_lookahead.params import LookaheadParams
@@ -129,19 +131,60 @@ def test_engine_args_can_be_used_twice(tmp_path: Path) -> None:
         assert config.window_size == 2
 
 
-KINDS = {
-    "M-RoPE": {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
-    "chunked local attention": {"attention_chunk_size": 64},
-    "R-SWA": {"rswa_window": 64},
-    "sliding-window attention": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": 64,
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 64,
+}
+CHAINS = {
+    "latent attention (MLA)": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 16,
     },
+    "rotary positions of several dimensions (M-RoPE)": {
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    },
+    "ALiBi": {"architectures": ["BloomForCausalLM"], "model_type": "bloom"},
+    "chunked local attention": {"attention_chunk_size": 64},
+    "sliding-window attention": MISTRAL,
     "sliding-window attention in every other layer": {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
     },
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_one_chain_where_trees_cannot_branch(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    log = SimpleNamespace(info=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(engine_config_module, "logger", log)
+    model = write_config(tmp_path, **CHAINS[kind])
+    name = kind.removesuffix(" in every other layer")
+    config = engine_config(model).speculative_config
+    default = default_params("cpu")
+    assert config.params == LookaheadParams(
+        0, default.ngram_size, 1, default.node_budget
+    )
+    assert said == [f"One chain per step: this model has {name}."]
+    for size, value in (("window_size", 5), ("verification_set_size", 2)):
+        options = {"method": "lookahead", size: value}
+        words = re.escape(f"{size}={value} needs draft trees that branch, and this ")
+        with pytest.raises(
+            ValueError, match=f"{words}.* {re.escape(name)}: set {size}"
+        ):
+            engine_config(model, speculative_config=options)
+    by_hand = {"window_size": 0, "verification_set_size": 1, "ngram_size": 5}
+    options = {"method": "lookahead", **by_hand}
+    config = engine_config(model, speculative_config=options).speculative_config
+    assert config.params == LookaheadParams(**by_hand)
+
+
+KINDS = {
+    "R-SWA": {"rswa_window": 64},
     "encoder-decoder models": {
         "architectures": ["WhisperForConditionalGeneration"],
         "model_type": "whisper",
@@ -153,24 +196,17 @@ KINDS = {
         "architectures": ["MambaForCausalLM"],
         "model_type": "mamba",
     },
-    "Mamba and other recurrent state": {
+    "recurrent state on a CPU": {
         "architectures": ["FalconH1ForCausalLM"],
         "model_type": "falcon_h1",
     },
-    "multi-head latent attention": {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "kv_lora_rank": 16,
-    },
-    "ALiBi": {"architectures": ["BloomForCausalLM"], "model_type": "bloom"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unsupported_models_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     model = write_config(tmp_path, **KINDS[kind])
-    name = kind.removesuffix(" in every other layer")
-    with pytest.raises(ValueError, match=f"lookahead does not support {name} "):
+    with pytest.raises(ValueError, match=f"lookahead does not support {kind} "):
         engine_config(model)
 
 

@@ -137,7 +137,8 @@ def test_a_budget_that_is_given_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, True),
         ({"ngram_size": 5}, True),
         ({"node_budget": 8}, False),
-        ({"verification_set_size": 4}, False),
-        ({"window_size": 0}, False),
+        ({"verification_set_size": 4}, True),
+        ({"window_size": 0}, True),
+        ({"window_size": 4}, False),
     ):
         assert config.LookaheadConfig.from_options(options).ranks_nodes is ranks

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from architectures import make_architecture
 from interpreter import patch_language_once, stand_in
 from models import make_model
 from poison import poisoned
@@ -56,7 +57,9 @@ class Engines:
             self.key, self.llm, self.watch = None, None, None
             model = self.models / "-".join(map(str, job["model"]))
             if not model.exists():
-                make_model(model, *job["model"])
+                by_name = isinstance(job["model"][0], str)
+                make = make_architecture if by_name else make_model
+                make(model, *job["model"])
             engine = ENGINE | job["engine"]
             self.dense: list[bool] = []
             warm_up = engine.pop("warm_up", False)
@@ -69,7 +72,8 @@ class Engines:
                 self.llm = LLM(
                     str(model), speculative_config=job["lookahead"], **engine
                 )
-            if INTERPRETED and job["lookahead"]:
+            # vLLM's own attention multiplies what it masks.
+            if INTERPRETED and job["lookahead"] and model_runner(self.llm).slot_views:
                 for cache in model_runner(self.llm).kv_caches:
                     cache.fill_(float("nan"))  # slots that no token was written to
             if warm_up:

@@ -11,11 +11,7 @@ def make_model(
 ) -> Path:
     """A Llama of two layers, with a tokenizer of one token per character."""
     import torch
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.decoders import ByteFallback, Fuse, Sequence
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -33,6 +29,17 @@ def make_model(
         eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(path)
+    return make_tokenizer(path)
+
+
+def make_tokenizer(path: Path) -> Path:
+    """One token per character."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import ByteFallback, Fuse, Sequence
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
     pieces = ["<s>", "</s>", *map(chr, range(32, 127))]
     pieces += [f"<{i}>" for i in range(len(pieces), VOCAB_SIZE)]
     tokenizer = Tokenizer(WordLevel({p: i for i, p in enumerate(pieces)}, " "))

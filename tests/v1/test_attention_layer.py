@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from tests.v1.test_tree_attention import BRANCHES, make_case
 from vllm_lookahead.engine.v1.attention import (
-    ChainAttentionImpl,
     TreeAttentionImpl,
     kv_views,
     masked_attention,
@@ -60,13 +59,6 @@ def test_fp8_blocks_of_a_tree_are_converted_and_no_others(dtype: str) -> None:
         impl._attend_trees(layer, case.query, cache, case.trees, out)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
     assert largest.elements < used.numel()
-
-
-def test_attention_sinks() -> None:
-    options = {"kv_cache_dtype": "auto", "sinks": torch.zeros(4)}
-    assert make_layer(ChainAttentionImpl, **options).sinks is not None
-    with pytest.raises(ValueError, match="attention sinks: use window_size=0 with"):
-        make_layer(TreeAttentionImpl, **options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which attention layers are taught trees, and what vLLM's part of them is given."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_lookahead.engine.v2 import attention
-from vllm_lookahead.params import LookaheadParams
 
 FP8 = torch.float8_e4m3fn
 
@@ -73,7 +73,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *layers: Any) -> None:
     monkeypatch.setattr(attention, "SplitScratch", scratch)
     step: Any = None
     device = torch.device("cpu")
-    attention.install_tree_attention(named, step, torch.bfloat16, device)
+    assert not list(attention.no_tree_kernel(named, torch.bfloat16))
+    attention.install_tree_attention(named, step, device)
 
 
 @pytest.mark.parametrize("softcap", [None, 0, 30.0])
@@ -112,16 +113,10 @@ class Unknown(Backend):
     name = "B12X"
 
 
-class Sunk(Impl):
-    sinks = torch.zeros(4)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"attn_backend": Unknown}, "--attention-backend=B12X"),
-        ({"impl": Sunk()}, "attention sinks"),
-        ({"sliding_window": 128}, "sliding-window attention"),
         ({"head_size": 512, "head_size_v": 512}, "heads of 512 elements"),
         ({"head_size_v": 16}, "K heads of 32 and V heads of 16"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype=fp8_e5m2 for .*bfloat16"),
@@ -134,19 +129,18 @@ class Sunk(Impl):
         ({"_k_scale": torch.ones(2)}, "K/V scales that differ by head"),
     ],
 )
-def test_layers_are_refused_by_name(
-    changes: dict, words: str, monkeypatch: pytest.MonkeyPatch
+def test_layers_that_the_tree_kernel_does_not_compute(
+    changes: dict, words: str
 ) -> None:
-    with pytest.raises(
-        ValueError, match=rf"does not support .*{words}.* \(layer layer1\)"
-    ):
-        install(monkeypatch, make_layer(), make_layer(**changes))
+    layers = {"layer0": make_layer(), "layer1": make_layer(**changes)}
+    found = attention.no_tree_kernel(layers, torch.bfloat16)
+    assert re.search(rf"{words}.* \(layer layer1\)", next(found))
 
 
-def test_layers_of_several_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = make_layer(head_size=64, head_size_v=64)
-    with pytest.raises(ValueError, match=r"one head size; this model has \[32, 64\]"):
-        install(monkeypatch, make_layer(), other)
+def test_layers_of_several_head_sizes() -> None:
+    layers = {"a": make_layer(), "b": make_layer(head_size=64, head_size_v=64)}
+    (found,) = attention.no_tree_kernel(layers, torch.bfloat16)
+    assert found == "heads of several sizes, [32, 64]"
 
 
 @pytest.mark.parametrize("name", attention.BACKENDS)
@@ -162,14 +156,3 @@ def test_known_backends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.zeros(2, 4, 32)
     layer.impl.forward(layer, query, query, query, query, None, query)
     assert layer.impl.calls[0][0] is query
-
-
-def test_several_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_lookahead.engine.v2.worker import LookaheadWorker
-
-    specs = {str(size): SimpleNamespace(block_size=size) for size in (16, 32)}
-    worker = object.__new__(LookaheadWorker)
-    monkeypatch.setattr(worker, "get_kv_cache_spec", lambda: specs, raising=False)
-    worker.model_runner = SimpleNamespace(lookahead=LookaheadParams(3, 3, 3))
-    with pytest.raises(ValueError, match=r"blocks have \[16, 32\] tokens"):
-        worker.determine_available_memory()

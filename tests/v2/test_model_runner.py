@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the runner does what, around vLLM's own steps."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +65,11 @@ def test_the_output_does_not_wait_for_the_next_trees(
     step.plan = SimpleNamespace(num_trees=3, batch=lambda *args: None)
     runner.ops = runner.main_stream = Recorder(calls)
     runner.output_copy_stream = Recorder(calls)
-    runner.block_tables = SimpleNamespace(input_block_tables=[None])
-    runner.slot_views, runner.pages = [], SimpleNamespace(block_size=16)
+    tables = [torch.zeros(4, 1, dtype=torch.int32)]
+    runner.block_tables = SimpleNamespace(input_block_tables=tables)
+    runner.page_group, runner.page_kept = 0, math.inf
+    runner.slot_views = [torch.zeros(1, 16, 1)]
+    runner.pages = SimpleNamespace(block_size=16)
     result = SimpleNamespace(num_sampled=None, num_rejected=None)
 
     def sample(*args: Any) -> tuple[Any, Any]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_world_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS, model_bigrams
@@ -85,8 +87,11 @@ def ask_model(
         positions.
     """
     config = vllm_config.model_config
+    layers: Any = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     needs_more = (
-        config.is_multimodal_model
+        not all(isinstance(x, Attention) for x in layers.values())  # MLA, recurrent
+        or config.uses_mrope
+        or config.is_multimodal_model
         or config.enable_prompt_embeds  # compiled for embeddings alone
         or vllm_config.lora_config is not None
         or vllm_config.parallel_config.enable_eplb

@@ -8,9 +8,12 @@ from typing import Any, Literal, Self
 from pydantic import Field
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_lookahead.params import MAX_TREE_NODES, METHOD, RANGES, LookaheadParams
+
+logger = init_logger("vllm.lookahead")
 
 # Without a window, whose 59 nodes of W=15, N=5 are not verified: simulated, 64 nodes of
 # candidates make 2.7 tokens a step (docs/drafting.md).
@@ -24,6 +27,7 @@ GPU_DEFAULTS = LookaheadParams(
 CPU_DEFAULTS = LookaheadParams(
     window_size=0, ngram_size=8, verification_set_size=4, node_budget=8
 )
+WIDTHS = {"window_size", "verification_set_size"}
 
 
 def default_params(device_type: str) -> LookaheadParams:
@@ -31,15 +35,26 @@ def default_params(device_type: str) -> LookaheadParams:
     return CPU_DEFAULTS if device_type == "cpu" else GPU_DEFAULTS
 
 
-def with_defaults(given: Mapping[str, int]) -> LookaheadParams:
-    """Sizes, and for those left out the platform's.
+def with_defaults(given: Mapping[str, int], is_chain: bool = False) -> LookaheadParams:
+    """Sizes, and for those left out the platform's, or those of one chain.
 
     Of trees whose width is given the platform's budget says nothing.
     """
-    sizes = asdict(default_params(current_platform.device_type))
-    if given.keys() & {"window_size", "verification_set_size"}:
+    default = default_params(current_platform.device_type)
+    sizes = asdict(default.chain if is_chain else default)
+    if given.keys() & WIDTHS:
         sizes["node_budget"] = MAX_TREE_NODES
     return LookaheadParams(**sizes | dict(given))
+
+
+def refuse_branches(params: LookaheadParams, why: str) -> None:
+    """Raise for sizes of trees that branch, where they cannot."""
+    for name, most in (("window_size", 0), ("verification_set_size", 1)):
+        if (size := getattr(params, name)) > most:
+            raise ValueError(
+                f"{name}={size} needs draft trees that branch, and this model has "
+                f"{why}: set {name} to {most}, or leave it out for one chain per step"
+            )
 
 
 @config
@@ -62,15 +77,22 @@ class LookaheadConfig(SpeculativeConfig):
     """Most tokens fed per step and request."""
     ranks_nodes: bool = Field(default=None)  # type: ignore[assignment]
     """Whether a step is fed only the nodes that are worth their time, the likeliest of
-    all requests. Where W, G or the budget is given, all nodes are fed."""
+    all requests. With a window, or where the budget is given, all are fed that fit."""
+    asks_for_branches: bool = False
+    """Whether a window or several branches were asked for by hand."""
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
+    def from_options(cls, options: Mapping[str, Any], why_chain: str = "") -> Self:
         """Build the config from what a user wrote in `speculative_config`.
+
+        Args:
+            options: by name.
+            why_chain: what the model has that trees cannot branch on, if anything.
 
         Raises:
             ValueError: an option that lookahead does not have, a size out of range,
-                or a draft tree that is too large; in one line.
+                a draft tree that is too large, or one where there can be none; in one
+                line.
         """
         if "num_speculative_tokens" in options:
             tokens = options["num_speculative_tokens"]
@@ -84,20 +106,27 @@ class LookaheadConfig(SpeculativeConfig):
                 f"use {', '.join(RANGES)}"
             )
         given = {k: v for k, v in options.items() if k in RANGES and v is not None}
-        params = with_defaults(given)
+        params = with_defaults(given, bool(why_chain))
+        if why_chain:
+            refuse_branches(params, why_chain)
+            logger.info("One chain per step: this model has %s.", why_chain)
         if params.window_size > params.fed_window_size:
             raise ValueError(
                 f"node_budget={params.node_budget} has no room for the window: with "
                 f"window_size={params.window_size} a tree has {params.whole_size} "
                 "tokens; raise node_budget to that, or set window_size to 0"
             )
-        return cls(**given)
+        by_hand = bool(given.keys() & WIDTHS) and params.can_branch
+        sizes = asdict(params) if why_chain else given
+        ranks = "node_budget" not in given and not params.window_size
+        return cls(**sizes, ranks_nodes=ranks, asks_for_branches=by_hand)
 
     def __post_init__(self) -> None:
         named = {name: getattr(self, name) for name in RANGES}
         given = {name: size for name, size in named.items() if size is not None}
         if self.ranks_nodes is None:
-            self.ranks_nodes = given.keys() <= {"ngram_size"}
+            fixed = "node_budget" in given or given.get("window_size")
+            self.ranks_nodes = not fixed
         sizes = with_defaults(given)
         for name, size in asdict(sizes).items():
             setattr(self, name, size)

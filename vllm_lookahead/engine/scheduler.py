@@ -78,11 +78,15 @@ class LookaheadScheduler(Scheduler):
         self.full_sizes = widest, 1 + self.lookahead.max_candidate_nodes
         self.input_tokens = self.scheduler_config.max_num_batched_tokens
         self.token_limit = self.max_num_scheduled_tokens
+        if not self.scheduler_config.enable_chunked_prefill:
+            # Prompts come whole. A CPU widens its batches for them where attention is
+            # latent, after vLLM has taken this limit from them.
+            self.token_limit = self.input_tokens
         # Only the GPU engine's trees share a step's tokens.
         parallel = self.vllm_config.parallel_config
         self.trees_share = parallel.worker_cls == V2_WORKER
         self.forest: Forest | None = None
-        if self.trees_share and config.ranks_nodes:
+        if self.trees_share and config.ranks_nodes and self.lookahead.can_branch:
             limits = self.max_num_running_reqs, self.input_tokens
             self.forest = Forest(*limits, self.lookahead.max_candidate_nodes)
         self.chances = np.zeros(0)  # of the nodes of the next step, falling

@@ -57,8 +57,34 @@ def refuse(found: Mapping[str, bool]) -> None:
             )
 
 
+def why_one_chain(model: Any) -> str:
+    """What a model has that draft trees cannot branch on; "" where they can.
+
+    One chain a step needs nothing of ours: vLLM's own attention reads several tokens of
+    a request in causal order, and keeps the state of the accepted ones.
+
+    Args:
+        model: vLLM's `ModelConfig`.
+    """
+    text = model.hf_text_config
+    layers = set(getattr(text, "layer_types", None) or ())
+    windowed = {name for name in layers if "sliding" in name or "chunked" in name}
+    # A window in the config holds for layers whose type says nothing else.
+    everywhere = not layers - windowed and not model.disable_sliding_window
+    kinds = {
+        "latent attention (MLA)": model.use_mla,
+        "recurrent state": model.is_hybrid or model.has_inner_state,
+        "rotary positions of several dimensions (M-RoPE)": model.uses_mrope,
+        "ALiBi": model.uses_alibi,
+        "chunked local attention": model.attention_chunk_size is not None,
+        "sliding-window attention": bool(windowed)
+        or (everywhere and model.get_sliding_window() is not None),
+    }
+    return next((kind for kind, found in kinds.items() if found), "")
+
+
 def check_supported(model: Any, parallel: Any) -> None:
-    """Refuse what a draft tree cannot run on, by name.
+    """Refuse what lookahead cannot run on, by name.
 
     Args:
         model: vLLM's `ModelConfig`.
@@ -67,24 +93,15 @@ def check_supported(model: Any, parallel: Any) -> None:
     Raises:
         ValueError: naming the first kind of model or parallelism that is in the way.
     """
-    text = model.hf_text_config
-    layers = set(getattr(text, "layer_types", None) or ())
-    windowed = {name for name in layers if "sliding" in name or "chunked" in name}
-    # A window in the config holds for layers whose type says nothing else.
-    everywhere = not layers - windowed and not model.disable_sliding_window
     kinds = {
         "pooling models": model.runner_type == "pooling",
         "encoder-decoder models": model.is_encoder_decoder,
         "diffusion models": model.is_diffusion,
         "models without attention": model.is_attention_free,
-        "Mamba and other recurrent state": model.is_hybrid or model.has_inner_state,
-        "multi-head latent attention (MLA)": model.use_mla,
-        "M-RoPE": model.uses_mrope,
-        "ALiBi": model.uses_alibi,
-        "chunked local attention": model.attention_chunk_size is not None,
         "R-SWA": model.rswa_window is not None,
-        "sliding-window attention": bool(windowed)
-        or (everywhere and model.get_sliding_window() is not None),
+        # Its kernels of recurrent layers keep no state per draft to go back to.
+        "recurrent state on a CPU": current_platform.is_cpu()
+        and (model.is_hybrid or model.has_inner_state),
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedule asynchronously on a CPU, where vLLM does not, and call workers once a step.
 
+And synchronously where attention is latent and the runner is V2.
+
 Why: the CPU platform turns async scheduling off for every configuration. A lookahead
 step waits for nothing from the scheduler, so the next one can be scheduled meanwhile.
 Remove: when the CPU platform leaves the choice to the model runner, and the executor
@@ -23,9 +25,13 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if not asked_for(self):
             return config
 
-        from vllm_lookahead.engine.support import V1_EXECUTOR, V1_WORKER
+        from vllm_lookahead.engine.support import V1_EXECUTOR, V1_WORKER, V2_WORKER
 
         parallel = config.parallel_config
+        if parallel.worker_cls == V2_WORKER and config.model_config.use_mla:
+            # Latent attention reads rows of several tokens at lengths that the host
+            # knows: of a step scheduled ahead they count drafts that were rejected.
+            config.scheduler_config.async_scheduling = False
         if parallel.worker_cls == V1_WORKER:
             config.scheduler_config.async_scheduling = (
                 self.async_scheduling is not False

@@ -28,11 +28,14 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_lookahead.engine.support import (
             SCHEDULER,
             check_supported,
+            why_one_chain,
             worker_class,
         )
 
-        config = LookaheadConfig.from_options(speculative_options(self))
         check_supported(target_model_config, target_parallel_config)
+        config = LookaheadConfig.from_options(
+            speculative_options(self), why_one_chain(target_model_config)
+        )
         if self.worker_cls != "auto":
             raise ValueError(
                 f"--worker-cls={self.worker_cls} cannot run lookahead, which has a "

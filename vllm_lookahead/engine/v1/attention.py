@@ -146,14 +146,6 @@ class ChainAttentionImpl(CPUAttentionBackendImpl):
 
 
 class TreeAttentionImpl(ChainAttentionImpl):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.sinks is not None:
-            raise ValueError(
-                "drafts that branch do not support attention sinks: use window_size=0 "
-                "with verification_set_size=1, or start without lookahead"
-            )
-
     def forward(
         self,
         layer: Any,

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 from vllm.sampling_params import SamplingParams
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.estimate import Hints
@@ -17,6 +16,7 @@ from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
+from vllm_lookahead.engine.page_memory import kept_blocks
 from vllm_lookahead.engine.paths import Paths, follow
 from vllm_lookahead.engine.v1.forest import Forest
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
@@ -37,6 +37,8 @@ class TreeDrafter:
 
     Attributes:
         server: the sizes that the server was started with, the most of each.
+        branches: whether trees may; else they are chains.
+        ranks_nodes: whether trees are cut to the nodes that are worth their time.
         sizes: those of each request that drafts.
         grammars: those of these requests that have one.
         bigrams: [V, R] int32, see `core.draft.bigrams`; V is 0 before the model was
@@ -56,6 +58,7 @@ class TreeDrafter:
             max_num_tokens: of a step.
         """
         self.server, self.ops = server, ops
+        self.branches, self.ranks_nodes = server.can_branch, True
         self.sizes: dict[str, LookaheadParams] = {}
         self.grammars: set[str] = set()
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
@@ -68,9 +71,11 @@ class TreeDrafter:
         sizes = request_params(sampling and sampling.extra_args, self.server)
         if sizes is None:
             return
-        if sampling is not None and sampling.structured_outputs is not None:
-            sizes = sizes.chain
+        has_grammar = sampling is not None and sampling.structured_outputs is not None
+        if has_grammar:
             self.grammars.add(request_id)
+        if has_grammar or not self.branches:
+            sizes = sizes.chain
         self.sizes[request_id] = sizes
 
     def remove_request(self, request_id: str) -> None:
@@ -93,14 +98,14 @@ class TreeDrafter:
 
     def draft(
         self,
-        runner: CPUModelRunner,
+        runner: Any,
         output: LookaheadSchedulerOutput,
         pages: BlockPages,
     ) -> StepTrees:
         """Draft for every request with placeholders, and widen `output` to match.
 
         Args:
-            runner: vLLM's, between two steps.
+            runner: ours, between two steps.
             output: the scheduler's, of the step to come.
             pages: what is known of the requests' texts.
         """
@@ -115,7 +120,8 @@ class TreeDrafter:
         scheduled = output.num_scheduled_tokens
         num_tokens = np.array([scheduled[r] for r in inputs.req_ids])
         num_other = int(num_tokens.sum() - num_tokens[requests].sum())
-        self.forest.cut(tree, chances, len(num_tokens), num_other)
+        if self.ranks_nodes:
+            self.forest.cut(tree, chances, len(num_tokens), num_other)
         flat = lay_out(tree, batch, requests, num_tokens, runner.max_model_len)
         num_logits = np.diff(flat.logits_start)[requests].tolist()
         for b, nodes in enumerate(tree.num_nodes.tolist()):
@@ -125,9 +131,7 @@ class TreeDrafter:
         output.total_num_scheduled_tokens = int(flat.start[-1])
         return StepTrees(ids, requests, batch, tree, flat, chances)
 
-    def draft_ahead(
-        self, runner: CPUModelRunner, pages: BlockPages
-    ) -> dict[str, list[int]]:
+    def draft_ahead(self, runner: Any, pages: BlockPages) -> dict[str, list[int]]:
         """Chains of the requests with a grammar, at the end of a step."""
         inputs = runner.input_batch
         wanted = {
@@ -141,7 +145,7 @@ class TreeDrafter:
         return dict(zip(ids, tree.chains(), strict=True))
 
     def _grow(
-        self, runner: CPUModelRunner, pages: BlockPages, table: np.ndarray
+        self, runner: Any, pages: BlockPages, table: np.ndarray
     ) -> tuple[RequestBatch, DraftTree, torch.Tensor]:
         """Trees of the requests in a table, and the chances of their nodes."""
         inputs = runner.input_batch
@@ -151,10 +155,14 @@ class TreeDrafter:
         requests, position = table[:, INDEX].copy(), table[:, POSITION]
         # The tree's own slots included: accepted nodes move out of them.
         num_blocks = -(-int((position + max_nodes).max()) // pages.block_size)
-        block_table = inputs.block_table[0].block_table.np[requests, :num_blocks]
+        blocks = inputs.block_table[runner.page_group].block_table
+        block_table = blocks.np[requests, :num_blocks]
         root = inputs.token_ids_cpu[requests, position]
         columns = block_table, position.astype(np.int32), root, w, n, g, max_nodes
         batch = RequestBatch(*map(torch.from_numpy, columns))
+        batch.block_table = kept_blocks(
+            batch.block_table, batch.position, runner.page_kept, pages.block_size
+        )
         hints = Hints(
             self.bigrams,
             self.bigram_logprobs,

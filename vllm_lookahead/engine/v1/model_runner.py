@@ -6,6 +6,7 @@ them with a draft tree before vLLM prepares its inputs, samples along the tree, 
 hands vLLM the tokens that were emitted. Everything else is plain vLLM.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,29 +24,45 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
+from vllm_lookahead.engine.config import LookaheadConfig
+from vllm_lookahead.engine.layers import check_layers, may_branch, no_trees
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
-from vllm_lookahead.engine.page_memory import announce, page_share
+from vllm_lookahead.engine.page_memory import (
+    announce,
+    cache_groups,
+    kept_tokens,
+    page_group,
+    page_share,
+)
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v1 import linear
-from vllm_lookahead.engine.v1.attention import slot_views
+from vllm_lookahead.engine.v1.attention import (
+    ChainAttentionBackend,
+    TreeAttentionBackend,
+    slot_views,
+)
 from vllm_lookahead.engine.v1.drafter import TreeDrafter
 from vllm_lookahead.engine.v1.grammar import apply_grammar
 from vllm_lookahead.engine.v1.sampling import sample_along_trees
 from vllm_lookahead.engine.v1.step_time import StepTime, table_of, time_steps
 from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
-from vllm_lookahead.params import LookaheadParams
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
+# Those whose metadata `StepTrees.attention_inputs` is enough for.
+OUR_BACKENDS = (ChainAttentionBackend, TreeAttentionBackend)
 
 
 class LookaheadCPUModelRunner(CPUModelRunner):
     """CPUModelRunner that feeds draft trees.
 
     Attributes:
-        params: the server's sizes.
+        config, params: the server's, and its sizes.
+        branches: whether trees may; else they are chains.
         is_scheduled_ahead: whether a step is scheduled before the last one ended.
         pages: block-resident state, allocated with the K/V cache.
+        page_group, page_kept: the group of K/V caches whose blocks they ride, and how
+            much of a text it keeps, in tokens.
         tree_drafter: what drafts are made of.
         slot_views: the K/V that compaction moves, none where trees are chains.
         step: the trees of the step in flight, None in a step without any.
@@ -57,17 +74,19 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self,
         vllm_config: Any,
         device: torch.device,
-        params: LookaheadParams,
+        config: LookaheadConfig,
         is_scheduled_ahead: bool,
     ) -> None:
         fast_prefill = vllm_config.cache_config.kv_sharing_fast_prefill
         refuse({"kv_sharing_fast_prefill": fast_prefill})
         super().__init__(vllm_config, device)
-        self.params = params
+        self.config, self.params = config, config.params
         self.is_scheduled_ahead = is_scheduled_ahead
         self.ops = NumbaOps()
+        self.branches = False  # until the model's layers are known
         self.pages: BlockPages
-        self.tree_drafter = TreeDrafter(params, self.ops, self.max_num_tokens)
+        self.page_group, self.page_kept = 0, math.inf
+        self.tree_drafter = TreeDrafter(self.params, self.ops, self.max_num_tokens)
         self.slot_views: list[torch.Tensor] = []
         self.step: StepTrees | None = None
         self.num_scheduled: dict[str, int] = {}
@@ -76,30 +95,40 @@ class LookaheadCPUModelRunner(CPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
+        check_layers(self.vllm_config)
+        self.branches = may_branch(self.config, no_trees(self.vllm_config))
+        self.tree_drafter.branches = self.branches
+        self.tree_drafter.ranks_nodes = self.config.ranks_nodes
         if linear.is_useful():
             num_layers = linear.replace_linear_layers(self.model)
             logger.info("%d layers multiply the rows of a tree at once.", num_layers)
 
     def page_share(self) -> float:
         """The part of K/V memory that pages take."""
-        return page_share(self.get_kv_cache_spec().values(), self.params)
+        groups = cache_groups(self.vllm_config, self.get_kv_cache_spec())
+        return page_share(groups, self.params)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        groups = kv_cache_config.kv_cache_groups
+        self.page_group = page_group(groups)
+        self.page_kept = kept_tokens(groups[self.page_group].kv_cache_spec)
         block_tables = self.input_batch.block_table.block_tables
-        block_size = block_tables[0].block_size
+        block_size = block_tables[self.page_group].block_size
         shared = all(t.slot_mapping.gpu is t.slot_mapping.cpu for t in block_tables)
-        plain = not (self.lora_config or self.enable_prompt_embeds)
+        plain = not (self.lora_config or self.enable_prompt_embeds or self.uses_mrope)
         one_group = len(self.attn_groups) == len(self.attn_groups[0]) == 1
-        self.feeds_alone = one_group and shared and plain
-        self.pages = BlockPages.allocate(
-            kv_cache_config.num_blocks, block_size, self.params
-        )
-        if self.params.can_branch:
+        ours = one_group and self.attn_groups[0][0].backend in OUR_BACKENDS
+        self.feeds_alone = ours and shared and plain
+        # A kernel's blocks may be smaller than those that vLLM hands out.
+        smaller = groups[self.page_group].kv_cache_spec.block_size // block_size
+        num_blocks = kv_cache_config.num_blocks * smaller
+        self.pages = BlockPages.allocate(num_blocks, block_size, self.params)
+        if self.branches:
             self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]
         warm_up(self.params, block_size, self.slot_views)
-        share = self.page_share()
-        announce(self.params, kv_cache_config.num_blocks, block_size, share)
+        share = page_share(groups, self.params)
+        announce(self.params, num_blocks, block_size, share)
 
     def ask_model(self) -> None:
         if self.params.verification_set_size:
@@ -193,7 +222,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             every = len(rows) == total
             return slice(total) if every else torch.from_numpy(rows), None, 1
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        slots = self.input_batch.block_table[0].slot_mapping.cpu[:total]
+        table = self.input_batch.block_table[self.page_group]
+        slots = table.slot_mapping.cpu[:total]
         if self.step is None:
             self.ops.write_tokens(self.pages, slots, self._tokens(total))
             return prepared
@@ -220,7 +250,7 @@ class LookaheadCPUModelRunner(CPUModelRunner):
             metadata, common = dict.fromkeys(group.layer_names, shared), None
         else:
             metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        if self.step is not None and self.params.can_branch:
+        if self.step is not None and self.branches:
             trees = self.step.branched()
             for layer in metadata.values():
                 layer.trees = trees

@@ -52,7 +52,7 @@ class LookaheadCPUWorker(cpu_worker.CPUWorker):
         ) -> LookaheadCPUModelRunner:
             plain = plain_config(vllm_config)
             ahead = vllm_config.scheduler_config.async_scheduling
-            return LookaheadCPUModelRunner(plain, device, lookahead.params, ahead)
+            return LookaheadCPUModelRunner(plain, device, lookahead, ahead)
 
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = make_runner

@@ -6,6 +6,7 @@ itself. A step without trees, and the prefills of one with trees, run exactly as
 before. Trees come first in the batch, so a step splits at one row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -205,55 +206,45 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Attention]:
     return get_layers_from_vllm_config(vllm_config, Attention)
 
 
-def _refuse(name: str, layer: Attention, dtype: torch.dtype) -> None:
-    """Raise for a layer that the tree kernel does not compute, by what it has."""
-    backend, cache = layer.attn_backend.get_name(), layer.kv_cache_dtype
-    fp8 = cache in FP8_CACHES
-    size, size_v = layer.head_size, layer.head_size_v
-    found = {
-        f"--attention-backend={backend}": backend not in BACKENDS,
-        "attention sinks": getattr(layer.impl, "sinks", None) is not None,
-        "sliding-window attention": layer.sliding_window is not None,
-        f"heads of {size} elements, more than 256": size > 256,
-        f"K heads of {size} and V heads of {size_v} elements": size != size_v,
-        f"--kv-cache-dtype={cache} for a model in {dtype}": not fp8
-        and layer.kv_cache_torch_dtype != dtype,
-        "K/V scales that differ by head": fp8
-        and not layer._k_scale.numel() == layer._v_scale.numel() == 1,
-    }
-    for what, is_so in found.items():
-        if is_so:
-            raise ValueError(
-                f"lookahead does not support {what} (layer {name}): use another, or "
-                "start without lookahead"
-            )
+def no_tree_kernel(layers: dict[str, Attention], dtype: torch.dtype) -> Iterator[str]:
+    """What each layer has that the tree kernel does not compute.
+
+    Args:
+        layers: by name.
+        dtype: of the model.
+    """
+    for name, layer in layers.items():
+        backend, cache = layer.attn_backend.get_name(), layer.kv_cache_dtype
+        fp8 = cache in FP8_CACHES
+        size, size_v = layer.head_size, layer.head_size_v
+        found = {
+            f"--attention-backend={backend}": backend not in BACKENDS,
+            f"heads of {size} elements, more than 256": size > 256,
+            f"K heads of {size} and V heads of {size_v} elements": size != size_v,
+            f"--kv-cache-dtype={cache} for a model in {dtype}": not fp8
+            and layer.kv_cache_torch_dtype != dtype,
+            "K/V scales that differ by head": fp8
+            and not layer._k_scale.numel() == layer._v_scale.numel() == 1,
+        }
+        yield from (f"{what} (layer {name})" for what, is_so in found.items() if is_so)
+    head_sizes = {layer.head_size for layer in layers.values()}
+    if len(head_sizes) > 1:
+        yield f"heads of several sizes, {sorted(head_sizes)}"
 
 
 def install_tree_attention(
     layers: dict[str, Attention],
     step: "StepTrees",
-    dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     """Teach a model's attention layers, and theirs alone, to read trees.
 
     Args:
-        layers: by name.
+        layers: by name, in which `no_tree_kernel` found nothing.
         step: the trees of each step.
-        dtype, device: of the model.
-
-    Raises:
-        ValueError: an attention that the tree kernel does not compute.
+        device: of the model.
     """
-    for name, layer in layers.items():
-        _refuse(name, layer, dtype)
-    head_sizes = {layer.head_size for layer in layers.values()}
-    if len(head_sizes) > 1:
-        raise ValueError(
-            f"lookahead needs one head size; this model has {sorted(head_sizes)}: "
-            "start without lookahead"
-        )
-    (head_size,) = head_sizes
+    (head_size,) = {layer.head_size for layer in layers.values()}
     mixins, scratch = (TreeAttention,), None
     if current_platform.is_cpu():
         mixins = (TreeAttention, TorchAttention)  # type: ignore[assignment]
@@ -278,6 +269,42 @@ def install_tree_attention(
         vars(layer.impl).update(vars(impl), query_quant=layer.query_quant)
         layer.query_quant = None
         layer.attn_backend = tree_backend(layer.attn_backend)
+
+
+class LoneAttention:
+    """Mixed into a backend's implementation that reads no trees."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *scales: Any,
+        **named_scales: Any,
+    ) -> torch.Tensor:
+        given = query, key, value, kv_cache, attn_metadata, output
+        if isinstance(attn_metadata, LoneTokens):
+            scale = self.scale  # type: ignore[attr-defined]
+            return attn_metadata.attend(query, key, value, output, scale)
+        forward = super().forward  # type: ignore[misc]
+        return forward(layer, *given, *scales, **named_scales)
+
+
+def answer_lone_tokens(layers: dict[str, Attention]) -> None:
+    """Teach a model's attention layers the question that `engine.bigrams` asks."""
+
+    @cache
+    def lone_impl(impl: type) -> type:
+        return type(f"Lone{impl.__name__}", (LoneAttention, impl), {})
+
+    for layer in layers.values():
+        impl = layer.impl
+        layer.impl = object.__new__(lone_impl(impl.__class__))
+        vars(layer.impl).update(vars(impl))
 
 
 def slot_views(layers: dict[str, Attention]) -> list[torch.Tensor]:

@@ -6,8 +6,10 @@ trees of T nodes; from there on the batch is vLLM's own, with T tokens per reque
 until `sample` says which of them hold.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +27,22 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
-from vllm_lookahead.engine.page_memory import announce, page_share
+from vllm_lookahead.engine.layers import check_layers, may_branch, no_trees
+from vllm_lookahead.engine.page_memory import (
+    announce,
+    kept_blocks,
+    kept_tokens,
+    page_group,
+    page_share,
+)
 from vllm_lookahead.engine.paths import Paths
+from vllm_lookahead.engine.shares import tree_share
 from vllm_lookahead.engine.support import refuse
 from vllm_lookahead.engine.v2.attention import (
+    answer_lone_tokens,
     attention_layers,
     install_tree_attention,
+    no_tree_kernel,
     slot_views,
 )
 from vllm_lookahead.engine.v2.cudagraph import LookaheadCudaGraphManager
@@ -85,7 +97,10 @@ class LookaheadModelRunner(BaseModelRunner):
         if vllm_config.speculative_config.ranks_nodes:
             self.trimmer = TreeTrimmer(self, self.step, self.waiting)
         self.pages: BlockPages
-        self.slot_views: list[torch.Tensor]
+        self.branches = params.can_branch  # until the model's layers are known
+        # Whose blocks the pages ride, and how much of a text it keeps, in tokens.
+        self.page_group, self.page_kept = 0, math.inf
+        self.slot_views: list[torch.Tensor] = []  # none where trees are chains
         # No node of a tree lies further from its root.
         self.max_depth = params.ngram_size + params.window_size
 
@@ -101,10 +116,19 @@ class LookaheadModelRunner(BaseModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self._refuse()
+        check_layers(self.vllm_config)
+        layers = attention_layers(self.vllm_config)
+        obstacles = chain(
+            no_trees(self.vllm_config), no_tree_kernel(layers, self.dtype)
+        )
+        self.branches = may_branch(self.vllm_config.speculative_config, obstacles)
+        if not self.branches:  # vLLM's own attention reads chains
+            self.trimmer = None
+            answer_lone_tokens(layers)
+            return
         # What follows is sized for trees; what `load_model` sized, for N tokens.
         self.decode_query_len = max(self.decode_query_len, self.lookahead.max_tree_size)
-        layers = attention_layers(self.vllm_config)
-        install_tree_attention(layers, self.step, self.dtype, self.device)
+        install_tree_attention(layers, self.step, self.device)
 
     def _refuse(self) -> None:
         """Raise for what trees do not run with, by name."""
@@ -127,29 +151,29 @@ class LookaheadModelRunner(BaseModelRunner):
         **kwargs: Any,
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
-        self.cudagraph_manager = LookaheadCudaGraphManager(
-            self.vllm_config,
-            self.device,
-            self.cudagraph_manager.cudagraph_mode,
-            params=self.lookahead,
-            lora_capture_cases=self.lora_capture_cases,
-        )
-        self.adaptive_verification = self.trimmer  # measures when graphs are captured
+        if self.branches:
+            self.cudagraph_manager = LookaheadCudaGraphManager(
+                self.vllm_config,
+                self.device,
+                self.cudagraph_manager.cudagraph_mode,
+                params=self.lookahead,
+                lora_capture_cases=self.lora_capture_cases,
+            )
+            # It measures when graphs are captured.
+            self.adaptive_verification = self.trimmer
         if is_profiling:  # graphs are captured and dropped; no request runs
             return
         groups = self.kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise ValueError(
-                f"lookahead needs one kind of K/V cache; this model has {len(groups)}: "
-                "start without lookahead"
-            )
-        block_size = groups[0].kv_cache_spec.block_size
+        self.page_group = page_group(groups)
+        self.page_kept = kept_tokens(groups[self.page_group].kv_cache_spec)
+        block_size = groups[self.page_group].kv_cache_spec.block_size
         self.pages = BlockPages.allocate(
             self.kv_cache_config.num_blocks, block_size, self.lookahead, self.device
         )
         self.speculator.pages = self.pages
-        self.slot_views = slot_views(attention_layers(self.vllm_config))
-        share = page_share(self.get_kv_cache_spec().values(), self.lookahead)
+        if self.branches:
+            self.slot_views = slot_views(attention_layers(self.vllm_config))
+        share = page_share(groups, self.lookahead)
         announce(self.lookahead, self.kv_cache_config.num_blocks, block_size, share)
 
     def ask_model(self) -> None:
@@ -161,8 +185,9 @@ class LookaheadModelRunner(BaseModelRunner):
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             index = self.req_states.req_id_to_index[request.req_id]
-            chain = uses_history(self.sampler, index, request.sampling_params)
-            self.sizes.add_request(index, request.sampling_params, chain)
+            history = uses_history(self.sampler, index, request.sampling_params)
+            is_chain = history or not self.branches
+            self.sizes.add_request(index, request.sampling_params, is_chain)
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().update_requests(scheduler_output)
@@ -233,7 +258,16 @@ class LookaheadModelRunner(BaseModelRunner):
         total = sum(num_tokens.values())
         drafted = sum(num_tokens[name] - 1 for name in wide)
         best = getattr(narrow, "best_nodes", None)
-        if self.trimmer and best is not None and best < drafted:
+        if best is None or best >= drafted:
+            pass
+        elif not self.trimmer:  # trees turned out to be chains when layers were loaded
+            share = tree_share([num_tokens[name] for name in wide], len(wide) + best)
+            for name in wide:
+                num_tokens[name] = min(num_tokens[name], share)
+                wide[name] = wide[name][: share - 1]
+            wide = {name: tokens for name, tokens in wide.items() if tokens}
+            total = sum(num_tokens.values())
+        else:
             # Only the device knows whose rows of logits are whose: one chunk has all.
             most = max(0, self.tree_sampler.max_chunk_rows - len(num_tokens))
             self.trimmer.budget = min(best, most)
@@ -257,22 +291,13 @@ class LookaheadModelRunner(BaseModelRunner):
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         step, plan = self.step, self.step.plan
-        final = slot_mappings[0]
+        final = slot_mappings[self.page_group]
         if plan.num_trees:
             last_sampled = self.req_states.last_sampled_tokens
             step.feed(plan, self.waiting, input_batch, final, last_sampled)
             final = step.final_slot
-            step.attended = plan.num_trees
-            if not input_batch.has_prefill:
-                step.attended = plan.num_requests
-            build_mask(
-                step.trees(step.attended),
-                step.position[: step.attended],
-                input_batch.query_start_loc[: step.attended + 1],
-                step.bits[: step.attended],
-                input_batch.positions,
-                input_batch.input_ids,
-            )
+            if self.branches:
+                self._mask(input_batch)
             if int(input_batch.num_computed_tokens_np.max()) + self.max_depth >= (
                 self.max_model_len
             ):
@@ -283,6 +308,32 @@ class LookaheadModelRunner(BaseModelRunner):
         n = input_batch.num_tokens
         self.ops.write_tokens(self.pages, final[:n], input_batch.input_ids[:n])
         return block_tables, slot_mappings
+
+    def _mask(self, input_batch: InputBatch) -> None:
+        """Who sees whom, and at which positions, in the step's trees."""
+        step = self.step
+        step.attended = step.plan.num_trees
+        if not input_batch.has_prefill:
+            step.attended = step.plan.num_requests
+        build_mask(
+            step.trees(step.attended),
+            step.position[: step.attended],
+            input_batch.query_start_loc[: step.attended + 1],
+            step.bits[: step.attended],
+            input_batch.positions,
+            input_batch.input_ids,
+        )
+
+    def page_table(self, position: torch.Tensor) -> torch.Tensor:
+        """Block table of the pages, of the first requests of the step.
+
+        Args:
+            position: [B] int32, p of each.
+        """
+        table = self.block_tables.input_block_tables[self.page_group]
+        return kept_blocks(
+            table[: len(position)], position, self.page_kept, self.pages.block_size
+        )
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> Any:
         self.step.forget()
@@ -305,10 +356,10 @@ class LookaheadModelRunner(BaseModelRunner):
         output, verdict, answers = self.tree_sampler.sample(
             hidden_states, input_batch, grammar_output
         )
-        batch = step.plan.batch(
-            self.block_tables.input_block_tables[0], step.position[:d], step.root[:d]
-        )
-        self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
+        position = step.position[:d]
+        batch = step.plan.batch(self.page_table(position), position, step.root[:d])
+        if self.slot_views:
+            self.ops.compact(self.slot_views, batch, verdict, self.pages.block_size)
         trees = step.trees(d)
         self.ops.update(self.pages, batch, trees, step.sampled_tokens(d), verdict)
         self.ops.keep_answers(self.pages, batch, trees, verdict, answers)

@@ -86,7 +86,7 @@ class LookaheadSpeculator(BaseSpeculator):
             return drafts.zero_()
         starts = self._starts(input_batch.idx_mapping)
         batch = self.step.plan.batch(
-            self.runner.block_tables.input_block_tables[0], starts.position, starts.root
+            self.runner.page_table(starts.position), starts.position, starts.root
         )
         candidates = self.sizes.verification_set_size
         hints = self.hints(starts.temperature, starts.seeds)

@@ -24,7 +24,7 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
     if not isinstance(runner.ops, TritonOps):
         return
     started = time.perf_counter()
-    table = runner.block_tables.input_block_tables[0]
+    table = runner.block_tables.input_block_tables[runner.page_group]
     runner.ops.warm_up(
         runner.pages,
         table,
@@ -34,7 +34,8 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
     )
     runner.step.warm_up(runner.waiting, runner.speculator.drafts[:1])
     seen = set()
-    for layer in attention_layers(runner.vllm_config).values():
+    layers = attention_layers(runner.vllm_config) if runner.branches else {}
+    for layer in layers.values():
         sizes = layer.num_heads, layer.num_kv_heads, layer.head_size
         geometry = (*sizes, layer.kv_cache.stride(), layer.impl.logits_soft_cap)
         if geometry not in seen:

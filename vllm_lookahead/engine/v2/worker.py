@@ -7,7 +7,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_lookahead.engine.page_memory import page_share
+from vllm_lookahead.engine.page_memory import cache_groups, page_share
 from vllm_lookahead.engine.patches import install
 from vllm_lookahead.engine.v2.model_runner import LookaheadModelRunner
 from vllm_lookahead.engine.v2.warm_up import warm_up
@@ -51,7 +51,6 @@ class LookaheadWorker(BaseWorker):
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Memory for K/V, less what the pages take."""
-        share = page_share(
-            self.get_kv_cache_spec().values(), self.model_runner.lookahead
-        )
+        groups = cache_groups(self.vllm_config, self.get_kv_cache_spec())
+        share = page_share(groups, self.model_runner.lookahead)
         return int(super().determine_available_memory() * (1 - share))
