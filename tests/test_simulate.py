@@ -54,6 +54,9 @@ def served(model, request, tmp_path_factory):
         "forest",
         "forest+window-recycled",
         "levels",
+        "own~corpus4",
+        "own~context4~tail",
+        "own~window~columns",
     ],
 )
 def test_output_is_plains_and_budgets_are_kept(served, name):

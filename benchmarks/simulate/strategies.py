@@ -3,7 +3,8 @@
 
 "draft" is what the package drafts, "draft+alone" with bigrams of tokens that nothing
 precedes. "forest" takes options: "forest-last" is without that source, "forest+window"
-with it; "levels" is the forest grown level by level, and takes the same ones.
+with it; "levels" is the forest grown level by level, and takes the same ones. "own" is
+"draft" in plain Python, with more sources (`experiment.py`).
 """
 
 import json
@@ -14,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulate.experiment import START as EXPERIMENT_START
+from benchmarks.simulate.experiment import WINDOW, Experiment
 from benchmarks.simulate.forest import START, Forest, Weights
 from benchmarks.simulate.ours import Ours
 from benchmarks.simulate.paper import Paper
@@ -41,12 +44,14 @@ def options(name: str) -> Options:
 def weights(name: str) -> Weights:
     """Those fitted for the options, or what fitting starts from."""
     fitted = json.loads(WEIGHTS.read_text()) if WEIGHTS.exists() else {}
-    key = re.sub(r"^levels", "forest", name)
-    return fitted.get(key, {}).get("weights", START)
+    key = re.sub(r"^levels", "forest", re.sub(r"corpus\d+", "corpus", name))
+    return fitted.get(key, {}).get("weights", start(name))
 
 
 def start(name: str) -> Weights:
     """What fitting starts from."""
+    if name.startswith("own"):
+        return EXPERIMENT_START
     return DRAFT_WEIGHTS if name.startswith("draft") else START
 
 
@@ -55,7 +60,27 @@ def weighted(name: str, budget: int, weights: Weights) -> Make:
     if name.startswith("draft"):
         sizes = sizes_of(budget)
         return partial(Ours, sizes=sizes, weights=weights, alone=name != "draft")
+    if name.startswith("own"):
+        return experiment(name, budget, weights)
     return partial(Forest, options=options(name), weights=weights)
+
+
+def experiment(name: str, budget: int, weights: Weights) -> Make:
+    """The drafter with what a name adds to it; a corpus is of all that it makes."""
+    added = dict(re.findall(r"~([a-z]+)(\d*)", name))
+    corpus: dict[str, Any] = {}
+    if "corpus" in added:
+        corpus = {"tenant": [], "num_blocks": int(added["corpus"])}
+    w, n = WINDOW if "window" in added else (0, sizes_of(budget)[1])
+    return partial(
+        Experiment,
+        sizes=(w, n, sizes_of(budget)[2]),
+        weights=weights,
+        longest=int(added.get("context", 3)),
+        tail="tail" in added,
+        columns="columns" in added,
+        **corpus,
+    )
 
 
 def sizes_of(budget: int) -> tuple[int, int, int]:
@@ -82,6 +107,8 @@ def settings(name: str, budget: int) -> dict[str, Make]:
         return {"/".join(map(str, s)): partial(Paper, sizes=s) for s in sizes if s[0]}
     if name in ("draft", "draft+alone"):
         return {"": partial(Ours, sizes=sizes_of(budget), alone=name != "draft")}
+    if re.match(r"own(~|$)", name):
+        return {"": experiment(name, budget, weights(name))}
     if re.match(r"(forest|levels)([+-]|$)", name):
         beam, most = (BEAM, SUCCESSORS) if name.startswith("levels") else (None, None)
         known = options(name), weights(name), beam, most

@@ -61,7 +61,7 @@ def draft(
     trees, chances = [], torch.zeros(len(batch.root), size)
     for b, request in enumerate(batch.requests()):
         estimator = estimator_of(pages, request, hints, b, weights)
-        branches = _grow(estimator, request, hints.least)[
+        branches = grow(estimator, request, hints.least)[
             : max(0, request.max_nodes - 1)
         ]
         nodes = [Node(request.root, EMPTY, 0, ROOT)]
@@ -89,7 +89,7 @@ def estimator_of(
     return Estimator(tokens, request.position, text, answers, hints, b, weights)
 
 
-def _grow(estimate: Estimator, request: Request, least: float) -> list[Branch]:
+def grow(estimate: Estimator, request: Request, least: float) -> list[Branch]:
     """Branches in falling order of their chance; of equal ones the shorter first."""
     log_least = math.log(least) if least > 0 else -math.inf
     level, grown = [Branch((), 0.0)], []
