@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package's drafter, in plain Python, with one source more.
 
-"own" is that drafter. "own~corpus64" also drafts from the newest 64 blocks of requests
-that were served before, their text and their answers, wherever its own pages know no
-context as long. "own~context4" tells contexts apart by four tokens. "own~tail" drafts
-the tokens that were sampled at the last step's rejected nodes. "own~window" feeds a
-window of `WINDOW`, and "own~window~columns" drafts its newest guesses as well.
+"own" is that drafter. "own~context4" tells contexts apart by four tokens. "own~tail"
+drafts the tokens that were sampled at the last step's rejected nodes. "own~window"
+feeds a window of `WINDOW`, "own~window~columns" drafts its newest guesses as well.
 """
 
 from collections import deque
@@ -42,11 +40,6 @@ class Exact:
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self.places: dict[tuple[int, ...], dict[int, float]] = {}
-
-    def copy(self) -> "Exact":
-        other = Exact(self.longest)
-        other.places = self.places.copy()
-        return other
 
     def file(self, context: Sequence[int], successors: dict[int, float]) -> None:
         for length in range(1, min(len(context), self.longest) + 1):
@@ -103,7 +96,7 @@ class Experiment(Ours):
     """See the file.
 
     Attributes:
-        text, answers: what its own pages hold, over what the tenant's do.
+        text: what followed what.
         rings: of each block of its text, the answers kept there.
         ahead: what was sampled at the last step's rejected nodes, by depth.
     """
@@ -116,42 +109,19 @@ class Experiment(Ours):
         longest: int = 3,
         tail: bool = False,
         columns: bool = False,
-        tenant: "list[Experiment] | None" = None,
-        num_blocks: int = 0,
     ) -> None:
         """
         Args:
             longest: tokens of a context.
             tail, columns: whether they are drafted.
-            tenant: requests served before; this one is put behind.
-            num_blocks: of theirs that are read, the newest.
         """
         super().__init__(request, sizes, weights)
         self.tail, self.columns, self.longest = tail, columns, longest
         self.ahead: dict[int, list[Said]] = {}
         self.output = [*request.prompt, request.first]
         self.rings: dict[int, deque[tuple[list[int], dict[int, float]]]] = {}
-        self.text, self.others_answers = Exact(longest), Exact(longest)
-        parts = []
-        for other in reversed(tenant or []):
-            last = -(-other.one.position // BLOCK_SIZE)
-            parts.append((other, max(0, last - num_blocks)))
-            num_blocks -= last
-            if num_blocks <= 0:
-                break
-        for other, first in reversed(parts):
-            other.tell(first, self.text, self.others_answers)
-        if tenant is not None:
-            tenant.append(self)
+        self.text = Exact(longest)
         self.text.file_text(self.output)
-
-    def tell(self, first_block: int, text: Exact, answers: Exact) -> None:
-        """File what the blocks hold from one on."""
-        text.file_text(self.output[first_block * BLOCK_SIZE : self.one.position + 1])
-        for block, ring in self.rings.items():
-            if block >= first_block:
-                for context, said in ring:
-                    answers.file(context, said)
 
     def noise(self, seed: int, position: int, token: int) -> float:
         """`cpu_noise`, of all tokens at once."""
@@ -170,9 +140,11 @@ class Experiment(Ours):
         if self.columns:
             for depth, row in enumerate(window[1:]):
                 ahead.setdefault(depth, []).append(("column", None, {row[0]: 1.0}))
-        answers, hints = self.others_answers.copy(), self.hints
+        answers, hints = Exact(self.longest), self.hints
         hints.noise = self.noise
-        self.tell(0, Exact(0), answers)
+        for ring in self.rings.values():
+            for context, said in ring:
+                answers.file(context, said)
         self.estimator = Wider(
             self.output[-self.longest :],
             request.position,

@@ -2,9 +2,10 @@
 """Strategies by name, each with the settings that are tried at a budget.
 
 "draft" is what the package drafts, "draft+alone" with bigrams of tokens that nothing
-precedes. "forest" takes options: "forest-last" is without that source, "forest+window"
-with it; "levels" is the forest grown level by level, and takes the same ones. "own" is
-"draft" in plain Python, with more sources (`experiment.py`).
+precedes, "draft+salt" reading earlier requests' pages as well. "forest" takes options:
+"forest-last" is without that source, "forest+window" with it; "levels" is the forest
+grown level by level, and takes the same ones. "own" is "draft" in plain Python, with
+more sources (`experiment.py`).
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 from benchmarks.simulate.experiment import START as EXPERIMENT_START
 from benchmarks.simulate.experiment import WINDOW, Experiment
 from benchmarks.simulate.forest import START, Forest, Weights
-from benchmarks.simulate.ours import Ours
+from benchmarks.simulate.ours import Ours, Tenant
 from benchmarks.simulate.paper import Paper
 from benchmarks.simulate.protocol import Request, Strategy
 from benchmarks.simulate.recycling import Recycling
@@ -44,7 +45,7 @@ def options(name: str) -> Options:
 def weights(name: str) -> Weights:
     """Those fitted for the options, or what fitting starts from."""
     fitted = json.loads(WEIGHTS.read_text()) if WEIGHTS.exists() else {}
-    key = re.sub(r"^levels", "forest", re.sub(r"corpus\d+", "corpus", name))
+    key = re.sub(r"^levels", "forest", name)
     return fitted.get(key, {}).get("weights", start(name))
 
 
@@ -66,11 +67,8 @@ def weighted(name: str, budget: int, weights: Weights) -> Make:
 
 
 def experiment(name: str, budget: int, weights: Weights) -> Make:
-    """The drafter with what a name adds to it; a corpus is of all that it makes."""
+    """The drafter with what a name adds to it."""
     added = dict(re.findall(r"~([a-z]+)(\d*)", name))
-    corpus: dict[str, Any] = {}
-    if "corpus" in added:
-        corpus = {"tenant": [], "num_blocks": int(added["corpus"])}
     w, n = WINDOW if "window" in added else (0, sizes_of(budget)[1])
     return partial(
         Experiment,
@@ -79,7 +77,6 @@ def experiment(name: str, budget: int, weights: Weights) -> Make:
         longest=int(added.get("context", 3)),
         tail="tail" in added,
         columns="columns" in added,
-        **corpus,
     )
 
 
@@ -105,6 +102,9 @@ def settings(name: str, budget: int) -> dict[str, Make]:
         # (N - 1) (W + G) nodes; N = 2 has no window to speak of.
         sizes = [(budget // (2 * n - 2), n, budget // (2 * n - 2)) for n in (3, 5)]
         return {"/".join(map(str, s)): partial(Paper, sizes=s) for s in sizes if s[0]}
+    if name == "draft+salt":
+        tenant = Tenant(sizes_of(budget))
+        return {"": partial(Ours, sizes=sizes_of(budget), tenant=tenant)}
     if name in ("draft", "draft+alone"):
         return {"": partial(Ours, sizes=sizes_of(budget), alone=name != "draft")}
     if re.match(r"own(~|$)", name):
