@@ -86,7 +86,7 @@ def test_config_is_a_value() -> None:
     assert replace(config, ngram_size=6).num_speculative_tokens == 5
     assert repr(config) == (
         "LookaheadConfig(window_size=3, ngram_size=4, verification_set_size=3, "
-        "node_budget=512)"
+        "node_budget=512, pool_scope=request)"
     )
 
 

@@ -58,7 +58,7 @@ def in_batches(requests: list[dict[str, Any]], size: int) -> list[list[dict[str,
 def same_as_plain(
     engines: Engines,
     jobs: list[list[dict[str, Any]]],
-    lookahead: dict[str, int] = SMALL,
+    lookahead: dict[str, Any] = SMALL,
     **options: Any,
 ) -> dict[str, Any]:
     """Compare outputs with plain vLLM; return lookahead's result."""

@@ -3,9 +3,9 @@
 
 What was said under the same cache salt, and is still in the cache, is read as if it
 stood before the request's own text (cf. Oliaro et al. 2024, "SuffixDecoding", which
-keeps past responses in a store of its own). Nothing is kept beside the pages, so nothing
-is evicted beside them: a block that is given out again is emptied, and belongs to the
-salt it was given out under.
+keeps past responses in a store of its own). Nothing is kept beside the pages, so
+nothing is evicted beside them: a block that is given out again is emptied, and belongs
+to the salt it was given out under.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_lookahead.params import MAX_TREE_NODES, METHOD, RANGES, LookaheadParams
+from vllm_lookahead.params import MAX_TREE_NODES, METHOD, OPTIONS, LookaheadParams
 
 # Without a window, whose 59 nodes of W=15, N=5 are not verified: simulated, 64 nodes of
 # candidates make 2.7 tokens a step (docs/drafting.md).
@@ -31,7 +31,7 @@ def default_params(device_type: str) -> LookaheadParams:
     return CPU_DEFAULTS if device_type == "cpu" else GPU_DEFAULTS
 
 
-def with_defaults(given: Mapping[str, int]) -> LookaheadParams:
+def with_defaults(given: Mapping[str, Any]) -> LookaheadParams:
     """Sizes, and for those left out the platform's.
 
     Of trees whose width is given the platform's budget says nothing.
@@ -60,6 +60,8 @@ class LookaheadConfig(SpeculativeConfig):
     """G, most candidates of one depth of the tree."""
     node_budget: int = Field(default=None)  # type: ignore[assignment]
     """Most tokens fed per step and request."""
+    pool_scope: str = Field(default=None)  # type: ignore[assignment]
+    """Whose text is drafted from: "request", or "salt"."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -75,12 +77,12 @@ class LookaheadConfig(SpeculativeConfig):
                 f"num_speculative_tokens={tokens!r} is not an option of lookahead: "
                 "set ngram_size, which is one more"
             )
-        for name in options.keys() - {"method", *RANGES}:
+        for name in options.keys() - {"method", *OPTIONS}:
             raise ValueError(
                 f"{name}={options[name]!r} is not an option of lookahead: "
-                f"use {', '.join(RANGES)}"
+                f"use {', '.join(OPTIONS)}"
             )
-        given = {k: v for k, v in options.items() if k in RANGES and v is not None}
+        given = {k: v for k, v in options.items() if k in OPTIONS and v is not None}
         params = with_defaults(given)
         if params.window_size > params.fed_window_size:
             raise ValueError(
@@ -91,7 +93,7 @@ class LookaheadConfig(SpeculativeConfig):
         return cls(**asdict(params))
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in RANGES}
+        given = {name: getattr(self, name) for name in OPTIONS}
         sizes = with_defaults({k: v for k, v in given.items() if v is not None})
         for name, size in asdict(sizes).items():
             setattr(self, name, size)
@@ -99,7 +101,7 @@ class LookaheadConfig(SpeculativeConfig):
 
     @property
     def params(self) -> LookaheadParams:
-        return LookaheadParams(**{name: getattr(self, name) for name in RANGES})
+        return LookaheadParams(**{name: getattr(self, name) for name in OPTIONS})
 
     def compute_hash(self) -> str:
         """vLLM's, but no other method's: it keys the cache of compiled graphs.
@@ -109,5 +111,5 @@ class LookaheadConfig(SpeculativeConfig):
         return f"lookahead-{super().compute_hash()}"
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in RANGES)
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in OPTIONS)
         return f"LookaheadConfig({sizes})"

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_lookahead.core.pages import page_bytes
-from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.params import SALT, LookaheadParams
 
 logger = init_logger("vllm.lookahead")
 
@@ -48,3 +48,8 @@ def announce(
         page_bytes(block_size, sizes) * num_blocks / 2**20,
         100 * share,
     )
+    if sizes.pool_scope == SALT:
+        logger.info(
+            "Requests draft from all that is in the KV cache under their cache_salt, "
+            "or under none: pool_scope=salt."
+        )

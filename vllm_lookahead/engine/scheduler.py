@@ -16,6 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_lookahead.engine.corpus import given_out
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.shares import nodes_within, tree_budget, tree_share
 from vllm_lookahead.engine.support import V2_WORKER
@@ -94,8 +95,9 @@ class LookaheadScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.make_room()
         output = super().schedule(*args, **kwargs)
+        shared = given_out(output, self.requests, self.lookahead, self.block_size)
         return LookaheadSchedulerOutput(
-            **vars(output), max_nodes=self.max_nodes(output)
+            **vars(output), max_nodes=self.max_nodes(output), given_out=shared
         )
 
     def make_room(self) -> None:

@@ -86,7 +86,9 @@ def estimator_of(
     """Of request b, from what its pages hold now."""
     tokens = [*pages.history(request), request.root][-CONTEXT:]
     text, answers = text_index(pages, request), answer_index(pages, request)
-    return Estimator(tokens, request.position, text, answers, hints, b, weights)
+    before = 0 if hints.before is None else int(hints.before[b])
+    position = request.position - before
+    return Estimator(tokens, position, text, answers, hints, b, weights)
 
 
 def grow(estimate: Estimator, request: Request, least: float) -> list[Branch]:

@@ -15,6 +15,7 @@ from vllm_lookahead.core.draft.estimate import Hints
 from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.draft.price import DraftSizePolicy
 from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.engine.corpus import Corpus
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.v1.sampling import needs_plain_rows, upcoming_noise
 from vllm_lookahead.engine.v1.trees import StepTrees
@@ -38,6 +39,7 @@ class TreeDrafter:
             asked.
         bigram_logprobs: [V, R] float32 of them.
         policy: how likely a node must be to be worth its time.
+        corpus: other requests' blocks, if they are drafted from.
     """
 
     def __init__(self, server: LookaheadParams, ops: NumbaOps) -> None:
@@ -46,6 +48,7 @@ class TreeDrafter:
         self.bigrams = torch.zeros(0, 0, dtype=torch.int32)
         self.bigram_logprobs = torch.zeros(0, 0)
         self.policy = DraftSizePolicy()
+        self.corpus: Corpus | None = None
         self._step_start = time.perf_counter()
 
     def add_request(self, request_id: str, sampling: SamplingParams | None) -> None:
@@ -105,8 +108,10 @@ class TreeDrafter:
             cpu_noise,
             float(self.policy.least),
         )
-        most = self.server.verification_set_size
-        tree, chances = self.ops.draft(pages, batch, hints, most)
+        most, known = self.server.verification_set_size, batch
+        if self.corpus:
+            known, hints.before = self.corpus.behind_others(batch, ids)
+        tree, chances = self.ops.draft(pages, known, hints, most)
 
         scheduled = output.num_scheduled_tokens
         placeholders = output.scheduled_spec_decode_tokens

@@ -22,6 +22,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
+from vllm_lookahead.engine.corpus import Corpus
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 from vllm_lookahead.engine.page_memory import announce, page_share
 from vllm_lookahead.engine.support import refuse
@@ -31,7 +32,7 @@ from vllm_lookahead.engine.v1.drafter import TreeDrafter
 from vllm_lookahead.engine.v1.sampling import sample_along_trees
 from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
-from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.params import SALT, LookaheadParams
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 
@@ -90,6 +91,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         self.pages = BlockPages.allocate(
             kv_cache_config.num_blocks, block_size, self.params
         )
+        if self.params.pool_scope == SALT:
+            self.tree_drafter.corpus = Corpus(self.pages)
         if self.params.can_branch:
             self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]
         warm_up(self.params, block_size, self.slot_views)
@@ -145,6 +148,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         result = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             self.tree_drafter.add_request(request.req_id, request.sampling_params)
+        if corpus := self.tree_drafter.corpus:
+            corpus.update(scheduler_output)
         if scheduler_output.scheduled_spec_decode_tokens:
             self.step = self.tree_drafter.draft(self, scheduler_output, self.pages)
         return result
