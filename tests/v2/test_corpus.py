@@ -10,4 +10,5 @@ def test_salts_never_meet(engines: Engines) -> None:
 
 
 def test_others_are_drafted(engines: Engines) -> None:
-    corpus_jobs.others_are_drafted(engines)
+    """And nothing waits for the device."""
+    corpus_jobs.others_are_drafted(engines, watch=True)
