@@ -16,7 +16,7 @@ from tests.harness.jobs import (
 )
 
 SHARED = SMALL | {"pool_scope": "salt"}
-LENGTH = 9
+LENGTH = 6
 ALONE = {"extra_args": {"lookahead_pool_scope": "request"}}
 
 
@@ -33,7 +33,7 @@ def salts_never_meet(engines: Engines) -> None:
     """
     owners: list[tuple[str | None, dict[str, Any]]] = [(None, {})] * 2
     owners += [("a", {})] * 2 + [("b", {}), ("b", {"seed": 1}), ("a", ALONE)]
-    texts = [(text * 30)[:30] for text in prompts(12, seed=70)]
+    texts = [(text * 30)[:30] for text in prompts(9, seed=70)]
     requests = []
     for text, (salt, own) in zip(texts, itertools.cycle(owners), strict=False):
         sampled = {"temperature": 0.7} if "seed" in own else {}
