@@ -43,7 +43,7 @@ def load(dataset: str, data_dir: str | None, limit: int) -> list[str]:
     if not path.exists():
         raise SystemExit(f"--dataset {dataset}: there is no file {path}")
     prompts: list[str] = []
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(rows(path), 1):
         if len(prompts) == limit:
             break
         prompts.append(_prompt(dataset, row, f"{path}:{number}"))
@@ -65,7 +65,8 @@ def as_chats(prompts: list[str], model: str) -> list[list[int]]:
     return chats
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Those of a JSONL file, which may be packed."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         yield from (json.loads(line) for line in lines if line.strip())

@@ -44,6 +44,10 @@ def parse(*argv: str, args_class: Any = AsyncEngineArgs) -> Any:
             + ["--lookahead-verification-set-size=7"],
             {"ngram_size": 4, "verification_set_size": 7},
         ),
+        (
+            ["--speculative=lookahead", "--lookahead-pool-scope=salt"],
+            {"pool_scope": "salt"},
+        ),
     ],
 )
 def test_ways_to_ask(argv: list[str], options: dict, args_class: Any) -> None:

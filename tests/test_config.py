@@ -3,6 +3,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace as changed
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,9 @@ def test_sizes_left_out_are_the_platforms() -> None:
         default_params("cpu").node_budget,
     )
     assert default_params("cuda") == LookaheadParams(0, 9, 32, 64)
+    assert LookaheadConfig.from_options({"pool_scope": "salt"}).params == changed(
+        default_params("cpu"), pool_scope="salt"
+    )
     # A width that is given has the room that it takes.
     config = LookaheadConfig.from_options({"window_size": 5})
     assert config.params.fed_window_size == 5
@@ -71,6 +75,7 @@ def test_sizes_left_out_are_the_platforms() -> None:
             {"window_size": 5, "node_budget": 40},
             "node_budget=40 has no room for the window: .* raise node_budget to that",
         ),
+        ({"pool_scope": "all"}, "pool_scope='all' is not .* must be request or salt"),
         ({"windows_size": 5}, "windows_size=5 is not an option .* use window_size, "),
         ({"prompt_lookup_max": 5}, "prompt_lookup_max=5 is not an option"),
         ({"num_speculative_tokens": 4}, "num_speculative_tokens=4 .* set ngram_size"),
@@ -88,7 +93,7 @@ def test_config_is_a_value() -> None:
     assert replace(config, ngram_size=6).num_speculative_tokens == 5
     assert repr(config) == (
         "LookaheadConfig(window_size=3, ngram_size=4, verification_set_size=3, "
-        "node_budget=512)"
+        "node_budget=512, pool_scope=request)"
     )
 
 

@@ -2,6 +2,7 @@
 """What is said at start-up, and what of the K/V cache's memory is kept for pages."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from vllm_lookahead.core.corpus import Owners
 from vllm_lookahead.core.pages import page_bytes
 from vllm_lookahead.engine import page_memory
 from vllm_lookahead.params import LookaheadParams
@@ -98,3 +100,13 @@ def test_the_start_up_line(monkeypatch: pytest.MonkeyPatch) -> None:
         "at most 24 tokens per request and step; its pages take 1.0 MiB, "
         "1.23% of the KV cache memory."
     ]
+    page_memory.announce(replace(SIZES, pool_scope="salt"), 1, 16, 0.01)
+    assert said[2].endswith("under their cache_salt, or under none: pool_scope=salt.")
+
+
+def test_owners_are_part_of_a_page() -> None:
+    shared = replace(SIZES, pool_scope="salt")
+    owners = vars(Owners.allocate(1)).values()
+    columns = [x for x in owners if isinstance(x, torch.Tensor)]
+    own = sum(column.numel() * column.element_size() for column in columns)
+    assert page_bytes(16, shared) == page_bytes(16, SIZES) + own

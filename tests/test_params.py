@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 
 from vllm_lookahead.params import LookaheadParams, check_range, request_params
@@ -34,6 +36,7 @@ def test_a_budget_bounds_the_tree(budget: int, candidates: int, nodes: int) -> N
         ((64, 16, 64), "draft tree of 1920 tokens; at most 512"),
         ((64, 16, 64, 9), "draft tree of 1920 tokens; at most 512"),
         ((1, 5, 1, 0), "node_budget=0 is not allowed: .* from 1 to 512"),
+        ((1, 5, 1, 9, "all"), "pool_scope='all' is not allowed: .* request or salt"),
     ],
 )
 def test_bad_sizes_are_named(sizes: tuple, words: str) -> None:
@@ -64,6 +67,14 @@ def test_a_request_can_switch_off(off: object) -> None:
     assert request_params({"lookahead": off}, SERVER) is None
 
 
+def test_a_request_shares_what_the_server_shares_or_nothing() -> None:
+    server = replace(SERVER, pool_scope="salt")
+    assert request_params({"lookahead_ngram_size": 5}, server) == server
+    assert request_params({"lookahead_pool_scope": "salt"}, server) == server
+    assert request_params({"lookahead_pool_scope": "request"}, server) == SERVER
+    assert request_params({"lookahead_pool_scope": "request"}, SERVER) == SERVER
+
+
 def test_a_request_can_ask_for_less() -> None:
     asked = {"lookahead_window_size": 5, "lookahead_verification_set_size": 10.0}
     assert request_params(asked, SERVER) == LookaheadParams(5, 5, 10)
@@ -77,6 +88,14 @@ def test_a_request_can_ask_for_less() -> None:
         ({"lookahead_window_size": 16}, "lookahead_window_size=16 .* from 0 to 15"),
         ({"lookahead_ngram_size": 1}, "lookahead_ngram_size=1 .* from 2 to 5"),
         ({"lookahead_window": 5}, "unknown option lookahead_window=5: use one of"),
+        (
+            {"lookahead_pool_scope": "salt"},
+            "lookahead_pool_scope='salt' is not allowed: .* start it with pool_scope=",
+        ),
+        (
+            {"lookahead_pool_scope": 1},
+            "lookahead_pool_scope=1 is not allowed: it must be request or salt",
+        ),
         # A request that is off is still read.
         ({"lookahead": 0, "lookahead_ngram_size": 9}, "lookahead_ngram_size=9"),
     ],

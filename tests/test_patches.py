@@ -26,7 +26,7 @@ from vllm_lookahead.engine.patches import (
     sampler_warmups,
     validate_spec_decode,
 )
-from vllm_lookahead.params import RANGES
+from vllm_lookahead.params import OPTIONS
 
 
 def original(owner: Any, name: str) -> Any:
@@ -115,7 +115,7 @@ def test_the_config_adds_the_sizes() -> None:
     upstream = {field.name for field in dataclasses.fields(SpeculativeConfig)}
     assert {"method", "num_speculative_tokens"} <= upstream
     own = {field.name for field in dataclasses.fields(LookaheadConfig)} - upstream
-    assert own == {*RANGES, "asks_for_branches", "ranks_nodes"}
+    assert own == {*OPTIONS, "asks_for_branches", "ranks_nodes"}
 
 
 def test_model_kinds_can_be_told_apart() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.simulate.agreement import count
 from benchmarks.simulate.bigrams import load_bigrams
 from benchmarks.simulate.fit import Samples, fit
 from benchmarks.simulate.protocol import Tree
@@ -51,9 +52,13 @@ def served(model, request, tmp_path_factory):
         "paper",
         "draft",
         "draft+alone",
+        "draft+salt",
         "forest",
         "forest+window-recycled",
         "levels",
+        "own",
+        "own~context4~tail",
+        "own~window~columns",
     ],
 )
 def test_output_is_plains_and_budgets_are_kept(served, name):
@@ -143,3 +148,12 @@ def test_samples_of_the_drafter_give_its_chances(served):
 def test_the_package_has_the_weights_that_were_fitted():
     fitted = json.loads(WEIGHTS.read_text())["draft"]["weights"]
     assert {name: round(x, 2) for name, x in fitted.items()} == DRAFT_WEIGHTS
+
+
+def test_agreement_is_counted_by_the_longest_place_that_was_met():
+    text = [7, 1, 2, 3, 8, 1, 2, 3, 9, 2, 8]
+    met, right = count(text, 4)
+    # 8 after 3: nothing met; then 2 after 1, 3 after 1 2, 9 after 1 2 3, not 8; after 9
+    # nothing; and 8 after 2, not 3.
+    assert met == {1: 2, 2: 1, 3: 1}
+    assert right == {1: 1, 2: 1, 3: 0}

@@ -250,6 +250,7 @@ def _draft_kernel(
     seeds_apart,
     depths_apart,
     vocab_size,
+    before_ptr,  # [B] int32, read if IS_BEHIND
     epoch_ptr,  # [1] int32
     num_tables,
     most_cost,  # of a node
@@ -283,6 +284,7 @@ def _draft_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_GROWN: tl.constexpr,  # at least G * K
     CHUNK: tl.constexpr,  # divides BLOCK_GROWN
+    IS_BEHIND: tl.constexpr,  # other requests' tokens
 ):
     b = tl.program_id(0).to(tl.int64)
     tokens_ptr += b * stride_tree
@@ -310,6 +312,9 @@ def _draft_kernel(
         temperature = tl.load(temperature_ptr + b)
         seeds_ptr += b * seeds_apart
         of_others = of_other + of_other_by_temperature * temperature
+        own_position = position
+        if IS_BEHIND:
+            own_position -= tl.load(before_ptr + b)
 
         # The beam: its nodes, what they cost, and their last tokens.
         row = tl.arange(0, BEAM)
@@ -392,7 +397,7 @@ def _draft_kernel(
             valid = valid & live[:, None] & (tokens != NO_TOKEN)
             if temperature > 0:
                 seed = tl.load(seeds_ptr + level * depths_apart)
-                noise = gumbel_noise(seed, position + level, tokens)
+                noise = gumbel_noise(seed, own_position + level, tokens)
                 scores += of_noise * temperature * noise
             top = tl.max(tl.where(valid, scores, of_others), 1)
             top = tl.maximum(top, of_others)
@@ -537,9 +542,10 @@ def draft_trees(
     g = (t - 1 - max(0, w * k - 1)) // k
     cells = num_cells(max_blocks * pages.block_size)
     known = hints.bigrams, hints.bigram_logprobs, hints.temperature, hints.seeds
+    before = () if hints.before is None else (hints.before,)
     given = vars(pages).values(), vars(batch).values(), vars(scratch).values()
     rest = tables.text, tables.answers, tables.epoch, *vars(tree).values(), chances
-    tensors = *itertools.chain(*given), *known, *rest
+    tensors = *itertools.chain(*given), *known, *before, *rest
     if tensors not in _checked:
         expect_batch(batch)
         expect_pages(pages)
@@ -547,6 +553,8 @@ def draft_trees(
         shape = tuple(hints.bigrams.shape)
         expect("hints.bigram_logprobs", hints.bigram_logprobs, shape, torch.float32)
         expect("hints.temperature", hints.temperature, (b,), torch.float32)
+        if hints.before is not None:
+            expect("hints.before", hints.before, (b,))
         seeds = hints.seeds
         if seeds.dtype != torch.int64 or seeds.shape not in ((b, k), (b, 1)):
             raise ValueError(
@@ -598,6 +606,7 @@ def draft_trees(
         hints.seeds.stride(0),
         hints.seeds.stride(1) if hints.seeds.shape[1] > 1 else 0,
         hints.bigrams.shape[0],
+        batch.position if hints.before is None else hints.before,
         tables.epoch,
         len(tables.text),
         -math.log(hints.least) if hints.least > 0 else math.inf,
@@ -622,6 +631,7 @@ def draft_trees(
         BLOCK_G=triton.next_power_of_2(max(g, 1)),
         BLOCK_GROWN=nodes,
         CHUNK=min(nodes, max(8, 4096 // nodes)),
+        IS_BEHIND=hints.before is not None,
         num_warps=4,
         num_stages=1,  # no load before the barrier that it waits for
     )

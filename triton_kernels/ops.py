@@ -155,6 +155,7 @@ class TritonOps:
         caches: list[torch.Tensor],
         hints: Hints | None = None,
         logits_dtype: torch.dtype = torch.bfloat16,
+        draft_table: torch.Tensor | None = None,
     ) -> None:
         """Compile every kernel before a request waits for it.
 
@@ -166,9 +167,12 @@ class TritonOps:
             hints: as `draft` will get them, of at least one request; by default tables
                 of NUM_SUCCESSORS tokens.
             logits_dtype: of the logits that `likeliest_tokens` will get.
+            draft_table: the block table that `draft` will get, if it is another one.
         """
         n, g, t = self._n, self._g, self._budget
-        self._widen_tables(block_table.shape[1] * pages.block_size)
+        if draft_table is None:
+            draft_table = block_table
+        self._widen_tables(draft_table.shape[1] * pages.block_size)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=block_table.device)
@@ -184,7 +188,8 @@ class TritonOps:
         one = replace(hints, temperature=hints.temperature[:1], seeds=hints.seeds[:1])
         padding = RequestBatch(block_table[:1], *zeros(6, 1).unbind(0))
         self.write_tokens(pages, zeros(1, dtype=torch.int64) - 1, zeros(1))
-        tree, _ = self.draft(pages, padding, one, g)
+        to_draft = replace(padding, block_table=draft_table[:1])
+        tree, _ = self.draft(pages, to_draft, one, g)
         mask.build_mask(
             tree,
             padding.position,

@@ -21,6 +21,9 @@ RANGES: dict[str, tuple[int, int]] = {
     "verification_set_size": (0, 64),
     "node_budget": (1, MAX_TREE_NODES),
 }
+# Whose text is drafted from: a request's own, or all in the cache under its salt.
+POOL_SCOPES = OWN, SALT = "request", "salt"
+OPTIONS = (*RANGES, "pool_scope")
 
 REQUEST_SWITCH = "lookahead"
 REQUEST_PREFIX = "lookahead_"
@@ -37,16 +40,19 @@ class LookaheadParams:
         verification_set_size: G, most candidates side by side: of one depth.
         node_budget: most tokens fed in a step. Where a whole tree does not fit, the
             window is left out and the likeliest candidates are chosen.
+        pool_scope: OWN, or SALT: to draft from others' blocks too (`core.corpus`).
     """
 
     window_size: int
     ngram_size: int
     verification_set_size: int
     node_budget: int = MAX_TREE_NODES
+    pool_scope: str = OWN
 
     def __post_init__(self) -> None:
         for name in RANGES:
             check_range(name, getattr(self, name), *RANGES[name])
+        check_scope("pool_scope", self.pool_scope)
         size = self.whole_size
         if size > MAX_TREE_NODES:
             raise ValueError(
@@ -111,6 +117,26 @@ def check_range(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def check_scope(name: str, value: Any, server: str = SALT) -> str:
+    """Return `value`, or raise ValueError naming option and values.
+
+    Args:
+        name: of the option.
+        value: what was asked for.
+        server: a request may not widen this one.
+    """
+    if value not in POOL_SCOPES:
+        raise ValueError(
+            f"{name}={value!r} is not allowed: it must be {' or '.join(POOL_SCOPES)}"
+        )
+    if value == SALT != server:
+        raise ValueError(
+            f"{name}={value!r} is not allowed: the server shares nothing among "
+            f"requests; start it with pool_scope={SALT!r}"
+        )
+    return str(value)
+
+
 def request_params(
     extra_args: Mapping[str, Any] | None, server: LookaheadParams
 ) -> LookaheadParams | None:
@@ -118,8 +144,8 @@ def request_params(
 
     Args:
         extra_args: `SamplingParams.extra_args` (over HTTP: `vllm_xargs`). Keys
-            read: "lookahead" (0 or 1) and "lookahead_<size>" for each size of
-            `LookaheadParams`, at most the server's.
+            read: "lookahead" (0 or 1), "lookahead_<size>" for each size of
+            `LookaheadParams`, at most the server's, and "lookahead_pool_scope".
         server: the sizes the server was started with.
 
     Returns:
@@ -130,14 +156,17 @@ def request_params(
     """
     if not extra_args:
         return server
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for key, value in extra_args.items():
         if not key.startswith(REQUEST_PREFIX):
             continue
         name = key.removeprefix(REQUEST_PREFIX)
-        if name not in RANGES:
-            known = ", ".join([REQUEST_SWITCH, *(REQUEST_PREFIX + n for n in RANGES)])
+        if name not in OPTIONS:
+            known = ", ".join([REQUEST_SWITCH, *(REQUEST_PREFIX + n for n in OPTIONS)])
             raise ValueError(f"unknown option {key}={value!r}: use one of {known}")
+        if name == "pool_scope":
+            sizes[name] = check_scope(key, value, server.pool_scope)
+            continue
         low, high = RANGES[name][0], getattr(server, name)
         sizes[name] = check_range(key, value, low, high)
     on = check_range(REQUEST_SWITCH, extra_args.get(REQUEST_SWITCH, 1), 0, 1)
@@ -145,6 +174,4 @@ def request_params(
         return None
     if not sizes:
         return server
-    return LookaheadParams(
-        **{name: sizes.get(name, getattr(server, name)) for name in RANGES}
-    )
+    return replace(server, **sizes)

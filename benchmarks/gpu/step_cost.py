@@ -41,7 +41,7 @@ OFF = "off"
 Row = dict[str, Any]
 
 
-def sizes_of(text: str) -> dict[str, int]:
+def sizes_of(text: str) -> dict[str, Any]:
     """Of "W/N/G", by name."""
     return {k: v for k, v in lookahead_config(text).items() if k != "method"}
 

@@ -31,20 +31,25 @@ class OneRequest:
         num_emitted: int,
         max_tokens: int,
         block_size: int,
+        pages: BlockPages | None = None,
+        first_block: int = 0,
     ) -> None:
         """
         Args:
             ops: `NumbaOps` or `ReferenceOps`.
             max_tokens: the pages have room for, prompt and trees among them.
             block_size: tokens of a block of pages.
+            pages: that it shares; by default its own.
+            first_block: of them that is its own, as are those behind.
         """
         self.ops, self.params = ops, params
         self.position, self.root, self.num_emitted = position, root, num_emitted
         num_blocks = -(-max_tokens // block_size)
-        self.pages = BlockPages.allocate(num_blocks, block_size, params)
-        self.table = torch.arange(num_blocks, dtype=torch.int32)[None]
+        self.pages = pages or BlockPages.allocate(num_blocks, block_size, params)
+        self.table = torch.arange(num_blocks, dtype=torch.int32)[None] + first_block
 
     def write(self, start: int, tokens: Sequence[int]) -> None:
+        start += int(self.table[0, 0]) * self.pages.block_size
         slots = torch.arange(start, start + len(tokens))
         self.ops.write_tokens(self.pages, slots, torch.tensor(tokens))
 

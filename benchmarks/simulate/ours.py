@@ -9,16 +9,41 @@ import torch
 from benchmarks.simulate.one_request import OneRequest
 from benchmarks.simulate.protocol import Answers, Request, Tree
 from vllm_lookahead.core.answers import Answers as TopTokens
+from vllm_lookahead.core.batch import RequestBatch
+from vllm_lookahead.core.corpus import NO_SALT, Owners, behind
 from vllm_lookahead.core.draft.estimate import WEIGHTS, Hints
 from vllm_lookahead.core.draft.grow import estimator_of
 from vllm_lookahead.core.draft.noise import cpu_noise
-from vllm_lookahead.core.pages import NUM_ANSWERS
+from vllm_lookahead.core.pages import NUM_ANSWERS, BlockPages
 from vllm_lookahead.core.tree import WINDOW
 from vllm_lookahead.numba_kernels.ops import NumbaOps
 from vllm_lookahead.numba_kernels.tables import Tables
 from vllm_lookahead.params import MAX_TREE_NODES, LookaheadParams
 
 BLOCK_SIZE = 16
+
+
+class Tenant:
+    """Requests under one salt, served one after the other from the same pages."""
+
+    MOST_BLOCKS = 2048
+
+    def __init__(self, sizes: tuple[int, int, int]) -> None:
+        params = LookaheadParams(*sizes)
+        self.pages = BlockPages.allocate(self.MOST_BLOCKS, BLOCK_SIZE, params)
+        self.owners = Owners.allocate(self.MOST_BLOCKS)
+
+    def give_out(self, num_blocks: int) -> int:
+        """The first of so many blocks in a row."""
+        first = self.owners.count
+        blocks = torch.arange(first, first + num_blocks)
+        self.owners.give_out(self.pages, blocks, torch.zeros_like(blocks) + NO_SALT)
+        return first
+
+    def behind_others(self, batch: RequestBatch) -> RequestBatch:
+        salts = torch.full((1,), NO_SALT)
+        others = self.owners.others(batch, salts, BLOCK_SIZE)
+        return behind(batch, *others, BLOCK_SIZE)
 
 
 class Ours:
@@ -36,15 +61,20 @@ class Ours:
         sizes: tuple[int, int, int],
         weights: Mapping[str, float] = WEIGHTS,
         alone: bool = False,
+        tenant: Tenant | None = None,
     ) -> None:
         """
         Args:
             sizes: W, N and G.
             weights: of the sources.
             alone: whether bigrams are those of tokens that nothing precedes.
+            tenant: whose earlier requests are read as well.
         """
         self.request, self.weights = request, weights
-        room = len(request.prompt) + request.max_tokens + MAX_TREE_NODES
+        self.tenant = tenant
+        room = len(request.prompt) + request.max_tokens + sizes[1]
+        if not tenant:
+            room += MAX_TREE_NODES
         self.one = OneRequest(
             NumbaOps(),
             LookaheadParams(*sizes),
@@ -53,6 +83,8 @@ class Ours:
             1,
             room,
             BLOCK_SIZE,
+            tenant.pages if tenant else None,
+            tenant.give_out(-(-room // BLOCK_SIZE)) if tenant else 0,
         )
         self.tables = Tables()
         table = request.alone if alone else request.after
@@ -89,7 +121,7 @@ class Ours:
         self.tables.choose([self], one.pages, num_blocks)
         self.tree, chances = one.ops.draft(
             one.pages,
-            self.batch,
+            self.tenant.behind_others(self.batch) if self.tenant else self.batch,
             self.hints,
             one.params.verification_set_size,
             self.weights,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.prompts as prompt_sets
+from benchmarks.simulate import sessions
 from benchmarks.simulate.bigrams import load_bigrams
 from benchmarks.simulate.protocol import Answers, Bigrams, Request, Strategy, Tree
 from benchmarks.simulate.record import Model, Oracle, load_records
@@ -115,7 +116,10 @@ def oracles(
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    texts = prompt_sets.load(dataset, data_dir, num_prompts)
+    if dataset in sessions.SETS:
+        texts = sessions.load(dataset, data_dir, num_prompts)
+    else:
+        texts = prompt_sets.load(dataset, data_dir, num_prompts)
     prompts = prompt_sets.as_chats(texts, path)
     name = Path(path).name
     file = CACHE / f"{name}-{dataset}-{temperature:g}-{max_tokens}.pt"

@@ -2,8 +2,10 @@
 """Strategies by name, each with the settings that are tried at a budget.
 
 "draft" is what the package drafts, "draft+alone" with bigrams of tokens that nothing
-precedes. "forest" takes options: "forest-last" is without that source, "forest+window"
-with it; "levels" is the forest grown level by level, and takes the same ones.
+precedes, "draft+salt" reading earlier requests' pages as well. "forest" takes options:
+"forest-last" is without that source, "forest+window" with it; "levels" is the forest
+grown level by level, and takes the same ones. "own" is "draft" in plain Python, with
+more sources (`experiment.py`).
 """
 
 import json
@@ -14,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulate.experiment import START as EXPERIMENT_START
+from benchmarks.simulate.experiment import WINDOW, Experiment
 from benchmarks.simulate.forest import START, Forest, Weights
-from benchmarks.simulate.ours import Ours
+from benchmarks.simulate.ours import Ours, Tenant
 from benchmarks.simulate.paper import Paper
 from benchmarks.simulate.protocol import Request, Strategy
 from benchmarks.simulate.recycling import Recycling
@@ -42,11 +46,13 @@ def weights(name: str) -> Weights:
     """Those fitted for the options, or what fitting starts from."""
     fitted = json.loads(WEIGHTS.read_text()) if WEIGHTS.exists() else {}
     key = re.sub(r"^levels", "forest", name)
-    return fitted.get(key, {}).get("weights", START)
+    return fitted.get(key, {}).get("weights", start(name))
 
 
 def start(name: str) -> Weights:
     """What fitting starts from."""
+    if name.startswith("own"):
+        return EXPERIMENT_START
     return DRAFT_WEIGHTS if name.startswith("draft") else START
 
 
@@ -55,7 +61,23 @@ def weighted(name: str, budget: int, weights: Weights) -> Make:
     if name.startswith("draft"):
         sizes = sizes_of(budget)
         return partial(Ours, sizes=sizes, weights=weights, alone=name != "draft")
+    if name.startswith("own"):
+        return experiment(name, budget, weights)
     return partial(Forest, options=options(name), weights=weights)
+
+
+def experiment(name: str, budget: int, weights: Weights) -> Make:
+    """The drafter with what a name adds to it."""
+    added = dict(re.findall(r"~([a-z]+)(\d*)", name))
+    w, n = WINDOW if "window" in added else (0, sizes_of(budget)[1])
+    return partial(
+        Experiment,
+        sizes=(w, n, sizes_of(budget)[2]),
+        weights=weights,
+        longest=int(added.get("context", 3)),
+        tail="tail" in added,
+        columns="columns" in added,
+    )
 
 
 def sizes_of(budget: int) -> tuple[int, int, int]:
@@ -80,8 +102,13 @@ def settings(name: str, budget: int) -> dict[str, Make]:
         # (N - 1) (W + G) nodes; N = 2 has no window to speak of.
         sizes = [(budget // (2 * n - 2), n, budget // (2 * n - 2)) for n in (3, 5)]
         return {"/".join(map(str, s)): partial(Paper, sizes=s) for s in sizes if s[0]}
+    if name == "draft+salt":
+        tenant = Tenant(sizes_of(budget))
+        return {"": partial(Ours, sizes=sizes_of(budget), tenant=tenant)}
     if name in ("draft", "draft+alone"):
         return {"": partial(Ours, sizes=sizes_of(budget), alone=name != "draft")}
+    if re.match(r"own(~|$)", name):
+        return {"": experiment(name, budget, weights(name))}
     if re.match(r"(forest|levels)([+-]|$)", name):
         beam, most = (BEAM, SUCCESSORS) if name.startswith("levels") else (None, None)
         known = options(name), weights(name), beam, most

@@ -138,6 +138,7 @@ def random_hints(
     bigrams[torch.rand(len(bigrams)) < 0.1] = EMPTY
     temperature = torch.rand(shape.batch)
     temperature[seed % 3 :: 3] = 0
+    rng = random.Random(seed)
     return Hints(
         bigrams,
         falling_logprobs(*bigrams.shape),
@@ -145,6 +146,7 @@ def random_hints(
         torch.randint(0, 2**63 - 1, (shape.batch, n - 1)),
         noise,
         [0.0, 0.001, 0.05][seed % 3],
+        ints([rng.randint(0, 1) for _ in range(shape.batch)]) if seed % 2 else None,
     )
 
 

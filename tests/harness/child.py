@@ -35,7 +35,7 @@ ENGINE = {
     "disable_log_stats": False,
 }
 WATCHED = ("waits", "allocated", "launched", "most_launched", "operated", "steps")
-WATCHED += ("trees", "branched", "merged", "differing")
+WATCHED += ("trees", "branched", "merged", "differing", "read")
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 numbers = itertools.count()
 
@@ -85,6 +85,11 @@ class Engines:
                 from watch_trees import WatchedTrees
 
                 self.watch = WatchedTrees(model_runner(self.llm))
+            elif job.get("watch") == "corpus":
+                from watch_corpus import WatchedCorpus
+
+                if job["lookahead"]:
+                    self.watch = WatchedCorpus(model_runner(self.llm))
             elif job.get("watch") == "inputs":
                 from watch_inputs import WatchedInputs
 
@@ -195,12 +200,13 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     outputs, samples, usage = [], [], []
     for batch in job["batches"]:
-        for output, seen in generate(llm, batch):
+        for name, output, seen in generate(llm, batch):
             samples += [list(c.token_ids) for c in output.outputs]
             completion = output.outputs[0]
             logprobs = completion.logprobs
             outputs.append(
                 {
+                    "name": name,
                     "tokens": list(completion.token_ids),
                     "reason": completion.finish_reason,
                     "stop": completion.stop_reason,
@@ -237,12 +243,14 @@ def run(engines: Engines, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def generate(llm: Any, batch: list[dict[str, Any]]) -> list[tuple[Any, int | None]]:
+def generate(
+    llm: Any, batch: list[dict[str, Any]]
+) -> list[tuple[str, Any, int | None]]:
     """Run requests side by side, step by step.
 
     Returns:
-        Of each its last output, and for a watched one the Jacobi n-grams that its
-        blocks hold once its prompt has been read.
+        Of each its name, its last output, and for a watched one the Jacobi n-grams
+        that its blocks hold once its prompt has been read.
     """
     from vllm.sampling_params import RequestOutputKind
 
@@ -270,7 +278,7 @@ def generate(llm: Any, batch: list[dict[str, Any]]) -> list[tuple[Any, int | Non
             count = len(output.outputs[0].token_ids)
             if count >= request.get("abort_after", count + 1) and not output.finished:
                 engine.abort_request([name])
-    return [(last[name], ngrams.get(name)) for name in requests]
+    return [(name, last[name], ngrams.get(name)) for name in requests]
 
 
 def sampling_params(request: dict[str, Any]) -> Any:

@@ -66,7 +66,7 @@ class Engines:
     def run(
         self,
         batches: list[list[dict[str, Any]]],
-        lookahead: dict[str, int] | None = None,
+        lookahead: dict[str, Any] | None = None,
         *,
         model: list[int] = MODEL,
         watch: bool | str = False,
@@ -78,8 +78,8 @@ class Engines:
             batches: lists of {"prompt": token ids, "params": SamplingParams}.
             lookahead: sizes, or None for plain decoding.
             model: arguments of `make_model`.
-            watch: every step, for what makes a GPU's host wait; or "trees", to count
-                those that the V1 runner drafts.
+            watch: every step, for what makes a GPU's host wait; "trees", to count
+                those that the V1 runner drafts; "corpus", for what is read of others.
             options: of `LLM`.
         """
         job: dict[str, Any] = {"model": model, "engine": options, "batches": batches}

@@ -76,6 +76,13 @@ CALLED = [
     f"{GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
     f"{GPU}.warmup:warmup_kernels",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+    *(  # which blocks a step gives out
+        f"vllm.v1.core.sched.{name}"
+        for name in (
+            "output:NewRequestData.from_request",
+            "scheduler:Scheduler._make_cached_request_data",
+        )
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler.__init__",
     "vllm.v1.engine.core:EngineCore.post_step",
     "vllm.v1.engine.core:EngineCore.step_with_batch_queue",

@@ -2,6 +2,7 @@
 """The launches that `test_aot_compile` compiles: sizes a server is started with."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -68,7 +69,11 @@ def some_hints(b: int, n: int) -> Hints:
 
 
 def step(
-    params: LookaheadParams, block_size: int, b: int, ops: TritonOps | None = None
+    params: LookaheadParams,
+    block_size: int,
+    b: int,
+    ops: TritonOps | None = None,
+    before: torch.Tensor | None = None,
 ) -> None:
     """Every launch of a step but attention."""
     ops = ops or TritonOps(params, b, "meta", max_tokens=MAX_BLOCKS * block_size)
@@ -77,7 +82,8 @@ def step(
     n, g, t = params.ngram_size, params.verification_set_size, params.max_tree_size
     tokens = b * t
     ops.write_tokens(pages, meta(tokens, dtype=torch.int64), meta(tokens))
-    tree, chances = ops.draft(pages, batch, some_hints(b, n), g)
+    hints = replace(some_hints(b, n), before=before)
+    tree, chances = ops.draft(pages, batch, hints, g)
     by_slot(tree, chances, n)
     build_mask(
         tree,
@@ -160,6 +166,8 @@ def cases() -> dict[str, Callable[[], object]]:
     for name, (sizes, block_size, b) in SERVERS.items():
         params = LookaheadParams(*sizes)
         found[name] = lambda p=params, s=block_size, b=b: step(p, s, b)
+    shared = LookaheadParams(0, 9, 32, 64)
+    found["behind-others"] = lambda: step(shared, 16, 8, before=meta(8))
     for dtype in (torch.float32, torch.float16):
         found[f"logits-{dtype}"] = lambda dtype=dtype: ranked(dtype)
     found["server"] = lambda: server([1, 2, 3, 5, 16, 17, 250, 256])

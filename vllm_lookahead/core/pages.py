@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_lookahead.core.batch import Request
-from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.params import SALT, LookaheadParams
 
 EMPTY = -1
 # Jacobi n-grams that a block keeps per slot. A step harvests W of them for the S
@@ -152,4 +152,5 @@ def page_bytes(block_size: int, params: LookaheadParams) -> int:
     n, w = params.ngram_size, params.window_size
     cells = block_size + ring_size(block_size, params) * (n + 1) + 1 + (n - 1) * w
     cells += num_answers(block_size, params) * (CONTEXT + 2 * NUM_ANSWERS) + 1
-    return 4 * cells
+    owner = 16 if params.pool_scope == SALT else 0  # `core.corpus.Owners`
+    return 4 * cells + owner

@@ -11,7 +11,7 @@ from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_lookahead.params import MAX_TREE_NODES, METHOD, RANGES, LookaheadParams
+from vllm_lookahead.params import MAX_TREE_NODES, METHOD, OPTIONS, LookaheadParams
 
 logger = init_logger("vllm.lookahead")
 
@@ -35,7 +35,7 @@ def default_params(device_type: str) -> LookaheadParams:
     return CPU_DEFAULTS if device_type == "cpu" else GPU_DEFAULTS
 
 
-def with_defaults(given: Mapping[str, int], is_chain: bool = False) -> LookaheadParams:
+def with_defaults(given: Mapping[str, Any], is_chain: bool = False) -> LookaheadParams:
     """Sizes, and for those left out the platform's, or those of one chain.
 
     Of trees whose width is given the platform's budget says nothing.
@@ -75,6 +75,8 @@ class LookaheadConfig(SpeculativeConfig):
     """G, most candidates of one depth of the tree."""
     node_budget: int = Field(default=None)  # type: ignore[assignment]
     """Most tokens fed per step and request."""
+    pool_scope: str = Field(default=None)  # type: ignore[assignment]
+    """Whose text is drafted from: "request", or "salt"."""
     ranks_nodes: bool = Field(default=None)  # type: ignore[assignment]
     """Whether a step is fed only the nodes that are worth their time, the likeliest of
     all requests. With a window, or where the budget is given, all are fed that fit."""
@@ -100,12 +102,12 @@ class LookaheadConfig(SpeculativeConfig):
                 f"num_speculative_tokens={tokens!r} is not an option of lookahead: "
                 "set ngram_size, which is one more"
             )
-        for name in options.keys() - {"method", *RANGES}:
+        for name in options.keys() - {"method", *OPTIONS}:
             raise ValueError(
                 f"{name}={options[name]!r} is not an option of lookahead: "
-                f"use {', '.join(RANGES)}"
+                f"use {', '.join(OPTIONS)}"
             )
-        given = {k: v for k, v in options.items() if k in RANGES and v is not None}
+        given = {k: v for k, v in options.items() if k in OPTIONS and v is not None}
         params = with_defaults(given, bool(why_chain))
         if why_chain:
             refuse_branches(params, why_chain)
@@ -122,7 +124,7 @@ class LookaheadConfig(SpeculativeConfig):
         return cls(**sizes, ranks_nodes=ranks, asks_for_branches=by_hand)
 
     def __post_init__(self) -> None:
-        named = {name: getattr(self, name) for name in RANGES}
+        named = {name: getattr(self, name) for name in OPTIONS}
         given = {name: size for name, size in named.items() if size is not None}
         if self.ranks_nodes is None:
             fixed = "node_budget" in given or given.get("window_size")
@@ -134,7 +136,7 @@ class LookaheadConfig(SpeculativeConfig):
 
     @property
     def params(self) -> LookaheadParams:
-        return LookaheadParams(**{name: getattr(self, name) for name in RANGES})
+        return LookaheadParams(**{name: getattr(self, name) for name in OPTIONS})
 
     def compute_hash(self) -> str:
         """vLLM's, but no other method's: it keys the cache of compiled graphs.
@@ -144,5 +146,5 @@ class LookaheadConfig(SpeculativeConfig):
         return f"lookahead-{super().compute_hash()}"
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in RANGES)
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in OPTIONS)
         return f"LookaheadConfig({sizes})"

@@ -13,6 +13,25 @@ from vllm_lookahead.engine.forest import Curve
 
 
 @dataclass
+class GivenOut:
+    """The blocks of a step that have new owners.
+
+    Attributes:
+        blocks: [n] K/V blocks, none of them written yet.
+        salts: [n] as `core.corpus.salt_of` gives them, or NOBODY.
+        of_requests: request id -> salt, of those that enter.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    salts: list[int] = field(default_factory=list)
+    of_requests: dict[str, int] = field(default_factory=dict)
+
+    def add(self, blocks: list[int], salt: int) -> None:
+        self.blocks += blocks
+        self.salts += [salt] * len(blocks)
+
+
+@dataclass
 class LookaheadSchedulerOutput(SchedulerOutput):
     """A `SchedulerOutput` that says how wide its trees may be, and what some are.
 
@@ -23,11 +42,13 @@ class LookaheadSchedulerOutput(SchedulerOutput):
             input tokens of as many are reserved. None: all that `max_nodes` allows.
         paths: request id -> position of the first token, and tokens; of each request
             with a grammar that has drafts in this step, see `engine.paths`.
+        given_out: with the pool scope "salt", else None.
     """
 
     max_nodes: dict[str, int] = field(default_factory=dict)
     best_nodes: int | None = None
     paths: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    given_out: GivenOut | None = None
 
 
 @dataclass

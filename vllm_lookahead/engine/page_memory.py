@@ -19,7 +19,7 @@ except ImportError:  # vLLM 0.32
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from vllm_lookahead.core.pages import page_bytes
-from vllm_lookahead.params import LookaheadParams
+from vllm_lookahead.params import SALT, LookaheadParams
 
 NULL_BLOCK = 0
 
@@ -134,3 +134,8 @@ def announce(
         page_bytes(block_size, sizes) * num_blocks / 2**20,
         100 * share,
     )
+    if sizes.pool_scope == SALT:
+        logger.info(
+            "Requests draft from all that is in the KV cache under their cache_salt, "
+            "or under none: pool_scope=salt."
+        )

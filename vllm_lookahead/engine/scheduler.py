@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
+from vllm_lookahead.engine.corpus import given_out
 from vllm_lookahead.engine.forced import ForcedTokens
 from vllm_lookahead.engine.forest import Forest
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
@@ -123,6 +124,7 @@ class LookaheadScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.make_room()
         output = super().schedule(*args, **kwargs)
+        shared = given_out(output, self.requests, self.lookahead, self.block_size)
         most, best = self.share_nodes(output)
         paths, self.paths = self.paths, {}
         return LookaheadSchedulerOutput(
@@ -134,6 +136,7 @@ class LookaheadScheduler(Scheduler):
                 for request_id, drafts in output.scheduled_spec_decode_tokens.items()
                 if self.requests[request_id].use_structured_output
             },
+            given_out=shared,
         )
 
     def path(self, request_id: str, drafts: list[int]) -> tuple[int, list[int]]:

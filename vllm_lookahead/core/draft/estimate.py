@@ -60,6 +60,8 @@ class Hints:
             Triton takes [B, 1] as well, where all depths have the same.
         noise: (seed, position of the node, token after it) to what the sampler adds.
         least: the least chance of being accepted for which a node is drafted.
+        before: [B] int32, tokens of others that stand before each request's text
+            (`core.corpus`), of which the noise knows nothing; None where none do.
     """
 
     bigrams: torch.Tensor
@@ -68,6 +70,7 @@ class Hints:
     seeds: torch.Tensor
     noise: Callable[[int, int, int], float]
     least: float = 0.0
+    before: torch.Tensor | None = None
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Estimator:
 
     Attributes:
         tokens: its last ones, the root among them; at most CONTEXT.
-        position: p, of the root.
+        position: p, of the root in the request's own text.
         text, answers: its tables.
         hints, b: what else is known, and the request's row of it.
         weights: as WEIGHTS.

@@ -61,7 +61,7 @@ def draft(
     trees, chances = [], torch.zeros(len(batch.root), size)
     for b, request in enumerate(batch.requests()):
         estimator = estimator_of(pages, request, hints, b, weights)
-        branches = _grow(estimator, request, hints.least)[
+        branches = grow(estimator, request, hints.least)[
             : max(0, request.max_nodes - 1)
         ]
         nodes = [Node(request.root, EMPTY, 0, ROOT)]
@@ -86,10 +86,12 @@ def estimator_of(
     """Of request b, from what its pages hold now."""
     tokens = [*pages.history(request), request.root][-CONTEXT:]
     text, answers = text_index(pages, request), answer_index(pages, request)
-    return Estimator(tokens, request.position, text, answers, hints, b, weights)
+    before = 0 if hints.before is None else int(hints.before[b])
+    position = request.position - before
+    return Estimator(tokens, position, text, answers, hints, b, weights)
 
 
-def _grow(estimate: Estimator, request: Request, least: float) -> list[Branch]:
+def grow(estimate: Estimator, request: Request, least: float) -> list[Branch]:
     """Branches in falling order of their chance; of equal ones the shorter first."""
     log_least = math.log(least) if least > 0 else -math.inf
     level, grown = [Branch((), 0.0)], []

@@ -13,7 +13,13 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_lookahead.params import METHOD, RANGES, REQUEST_PREFIX, check_range
+from vllm_lookahead.params import (
+    METHOD,
+    POOL_SCOPES,
+    RANGES,
+    REQUEST_PREFIX,
+    check_range,
+)
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.add_cli_args"
 
@@ -76,6 +82,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             metavar=f"{low}..{high}",
             help=f"{HELP[name]} Picked by platform if left out.",
         )
+    group.add_argument(
+        f"--{REQUEST_PREFIX}pool-scope".replace("_", "-"),
+        choices=POOL_SCOPES,
+        help="Whose text is drafted from: a request's own, or all that is in the K/V "
+        "cache under its cache_salt.",
+    )
     if method.choices is not None:
         method.choices = [*method.choices, METHOD]
 

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 from vllm_lookahead.engine.options import asked_for, speculative_options
-from vllm_lookahead.params import RANGES, REQUEST_PREFIX
+from vllm_lookahead.params import OPTIONS, REQUEST_PREFIX
 
 TARGET = "vllm.engine.arg_utils:EngineArgs.from_cli_args"
 
@@ -20,7 +20,7 @@ def wrap(original: Any) -> Any:
     @wraps(create)
     def from_cli_args(cls: Any, args: Any) -> Any:
         engine_args = create(cls, args)
-        for name in RANGES:
+        for name in OPTIONS:
             value = getattr(args, REQUEST_PREFIX + name, None)
             if value is None:
                 continue

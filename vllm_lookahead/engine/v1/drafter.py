@@ -15,6 +15,7 @@ from vllm_lookahead.core.draft.estimate import Hints
 from vllm_lookahead.core.draft.noise import cpu_noise
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.core.tree import DraftTree
+from vllm_lookahead.engine.corpus import Corpus
 from vllm_lookahead.engine.outputs import LookaheadSchedulerOutput
 from vllm_lookahead.engine.page_memory import kept_blocks
 from vllm_lookahead.engine.paths import Paths, follow
@@ -46,6 +47,7 @@ class TreeDrafter:
         bigram_logprobs: [V, R] float32 of them.
         forest: what is fed of the drafts.
         tables: what is filed of the requests' pages.
+        corpus: other requests' blocks, if they are drafted from.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TreeDrafter:
         self.bigram_logprobs = torch.zeros(0, 0)
         self.forest = Forest(max_num_tokens)
         self.tables = Tables()
+        self.corpus: Corpus | None = None
         self._step_start = time.perf_counter()
 
     def add_request(self, request_id: str, sampling: SamplingParams | None) -> None:
@@ -172,8 +175,13 @@ class TreeDrafter:
         )
         most = self.server.verification_set_size
         ids = [inputs.req_ids[i] for i in requests.tolist()]
-        self.tables.choose(ids, pages, num_blocks)
-        tree, chances = self.ops.draft(pages, batch, hints, most, tables=self.tables)
+        known, tables = batch, None
+        if self.corpus:
+            known, hints.before = self.corpus.behind_others(batch, ids)
+        else:
+            tables = self.tables
+            tables.choose(ids, pages, num_blocks)
+        tree, chances = self.ops.draft(pages, known, hints, most, tables=tables)
         return batch, tree, chances
 
     def _follow(

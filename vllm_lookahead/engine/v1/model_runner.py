@@ -25,6 +25,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_lookahead.core.pages import EMPTY, BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
 from vllm_lookahead.engine.config import LookaheadConfig
+from vllm_lookahead.engine.corpus import Corpus
 from vllm_lookahead.engine.layers import check_layers, may_branch, no_trees
 from vllm_lookahead.engine.outputs import LookaheadModelRunnerOutput
 from vllm_lookahead.engine.page_memory import (
@@ -47,6 +48,7 @@ from vllm_lookahead.engine.v1.sampling import sample_along_trees
 from vllm_lookahead.engine.v1.step_time import StepTime, table_of, time_steps
 from vllm_lookahead.engine.v1.trees import StepTrees
 from vllm_lookahead.numba_kernels.ops import NumbaOps, warm_up
+from vllm_lookahead.params import SALT
 
 logger = init_logger("vllm.lookahead")  # names outside vllm have no handler
 # Those whose metadata `StepTrees.attention_inputs` is enough for.
@@ -124,6 +126,15 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         smaller = groups[self.page_group].kv_cache_spec.block_size // block_size
         num_blocks = kv_cache_config.num_blocks * smaller
         self.pages = BlockPages.allocate(num_blocks, block_size, self.params)
+        if self.params.pool_scope == SALT:
+            refuse(
+                {
+                    'pool_scope="salt" and several kinds of K/V cache': len(groups)
+                    * smaller
+                    > 1
+                }
+            )
+            self.tree_drafter.corpus = Corpus(self.pages, len(groups) * smaller == 1)
         if self.branches:
             self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]
         warm_up(self.params, block_size, self.slot_views)
@@ -199,6 +210,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         result = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             self.tree_drafter.add_request(request.req_id, request.sampling_params)
+        if corpus := self.tree_drafter.corpus:
+            corpus.update(scheduler_output)
         if scheduler_output.scheduled_spec_decode_tokens:
             self.step = self.tree_drafter.draft(self, scheduler_output, self.pages)
         return result

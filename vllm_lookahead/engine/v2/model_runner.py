@@ -25,8 +25,10 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from vllm_lookahead.core.corpus import CORPUS_TOKENS
 from vllm_lookahead.core.pages import BlockPages
 from vllm_lookahead.engine.bigrams import ask_model
+from vllm_lookahead.engine.corpus import Corpus
 from vllm_lookahead.engine.layers import check_layers, may_branch, no_trees
 from vllm_lookahead.engine.page_memory import (
     announce,
@@ -54,6 +56,7 @@ from vllm_lookahead.engine.v2.sizes import RequestSizes
 from vllm_lookahead.engine.v2.speculator import LookaheadSpeculator
 from vllm_lookahead.engine.v2.trees import Plan, StepTrees
 from vllm_lookahead.engine.v2.waiting import WaitingTrees
+from vllm_lookahead.params import SALT
 from vllm_lookahead.triton_kernels.mask import build_mask
 from vllm_lookahead.triton_kernels.ops import TritonOps
 
@@ -80,12 +83,13 @@ class LookaheadModelRunner(BaseModelRunner):
         self.sizes = RequestSizes(self.max_num_reqs, params)
         self.waiting = WaitingTrees(self.max_num_reqs, size, device)
         self.step = StepTrees(self.max_num_reqs, self.max_num_tokens, params, device)
+        others = CORPUS_TOKENS if params.pool_scope == SALT else 0
         self.ops = TritonOps(
             params,
             self.max_num_reqs,
             device,
             max_rows=self.step.max_rows,
-            max_tokens=self.max_model_len + TABLE_SLACK,
+            max_tokens=self.max_model_len + TABLE_SLACK + others,
         )
         self.speculator = LookaheadSpeculator(
             self, self.step, self.waiting, self.ops, params
@@ -171,6 +175,11 @@ class LookaheadModelRunner(BaseModelRunner):
             self.kv_cache_config.num_blocks, block_size, self.lookahead, self.device
         )
         self.speculator.pages = self.pages
+        if self.lookahead.pool_scope == SALT:
+            refuse(
+                {'pool_scope="salt" and several kinds of K/V cache': len(groups) > 1}
+            )
+            self.speculator.corpus = Corpus(self.pages, len(groups) == 1)
         if self.branches:
             self.slot_views = slot_views(attention_layers(self.vllm_config))
         share = page_share(groups, self.lookahead)
@@ -191,9 +200,14 @@ class LookaheadModelRunner(BaseModelRunner):
 
     def update_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().update_requests(scheduler_output)
+        corpus = self.speculator.corpus
+        if corpus:
+            corpus.update(scheduler_output)
         if copies := scheduler_output.kv_cache_block_copies:
             pairs = async_tensor_h2d(np.array(copies), device=self.device)
             self.pages.copy_blocks(*pairs.unbind(1))
+            if corpus:
+                corpus.owners.copy_blocks(*pairs.unbind(1))
 
     def execute_model(
         self,
@@ -383,6 +397,7 @@ class LookaheadModelRunner(BaseModelRunner):
         for name in ("slot_views", "pages", "ops"):
             self.__dict__.pop(name, None)
         vars(self.speculator).pop("pages", None)
+        self.speculator.corpus = None
         super().shutdown()
 
     @torch.inference_mode()

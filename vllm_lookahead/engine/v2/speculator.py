@@ -8,10 +8,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_lookahead.core.batch import RequestBatch
 from vllm_lookahead.core.draft.bigrams import NUM_SUCCESSORS
 from vllm_lookahead.core.draft.estimate import Hints
 from vllm_lookahead.core.draft.noise import gpu_noise
 from vllm_lookahead.core.pages import BlockPages
+from vllm_lookahead.engine.corpus import Corpus
 from vllm_lookahead.engine.v2.outputs import Copied
 from vllm_lookahead.engine.v2.trees import StepTrees
 from vllm_lookahead.engine.v2.waiting import WaitingTrees
@@ -29,6 +31,7 @@ class LookaheadSpeculator(BaseSpeculator):
             is 0 before the model was asked.
         drafts: [max_num_reqs, N-1] int64, what the scheduler is told.
         chances: of the nodes drafted last, for the scheduler; None if it does not ask.
+        corpus: other requests' blocks, if they are drafted from.
     """
 
     supports_mm_inputs = False
@@ -36,6 +39,7 @@ class LookaheadSpeculator(BaseSpeculator):
     draft_token_confidence_probs = None
     chances: Copied | None = None
     pages: BlockPages
+    corpus: Corpus | None = None
 
     def __init__(
         self,
@@ -90,6 +94,9 @@ class LookaheadSpeculator(BaseSpeculator):
         )
         candidates = self.sizes.verification_set_size
         hints = self.hints(starts.temperature, starts.seeds)
+        if self.corpus:
+            ids = input_batch.req_ids
+            batch, hints.before = self.corpus.behind_others(batch, ids)
         tree, chances = self.ops.draft(self.pages, batch, hints, candidates)
         self.waiting.store(tree, chances, input_batch.idx_mapping, drafts)
         if self.runner.trimmer:
@@ -125,8 +132,20 @@ class LookaheadSpeculator(BaseSpeculator):
             temperature = torch.zeros_like(temperature)
         return Hints(*self.bigrams, temperature, seeds[:, None], gpu_noise)
 
-    def warm_up(self) -> Hints:
-        """Compile what gathers, before there is a request; hints of a first one."""
+    def warm_up(self, block_table: torch.Tensor) -> tuple[RequestBatch, Hints]:
+        """Compile what gathers, before there is a request.
+
+        Args:
+            block_table: vLLM's.
+
+        Returns:
+            what a first request drafts from.
+        """
         index = torch.zeros(1, dtype=torch.int64, device=self.drafts.device)
         starts = self._starts(index)
-        return self.hints(starts.temperature, starts.seeds)
+        hints = self.hints(starts.temperature, starts.seeds)
+        nothing = torch.zeros(6, 1, dtype=torch.int32, device=self.drafts.device)
+        batch = RequestBatch(block_table[:1], *nothing.unbind(0))
+        if self.corpus:
+            batch, hints.before = self.corpus.behind_others(batch, ["none"])
+        return batch, hints

@@ -25,12 +25,14 @@ def warm_up(runner: "LookaheadModelRunner") -> None:
         return
     started = time.perf_counter()
     table = runner.block_tables.input_block_tables[runner.page_group]
+    batch, hints = runner.speculator.warm_up(table)
     runner.ops.warm_up(
         runner.pages,
         table,
         runner.slot_views,
-        runner.speculator.warm_up(),
+        hints,
         runner.model_config.head_dtype,
+        batch.block_table,
     )
     runner.step.warm_up(runner.waiting, runner.speculator.drafts[:1])
     seen = set()
