@@ -25,8 +25,9 @@ serve-demo: $(INSTALLED)
 	$(BIN)/vllm serve demo/model --served-model-name demo --speculative lookahead \
 		--max-num-seqs 16 --kv-cache-memory-bytes 512M
 
+# Two at a time: an engine takes up to 2 GB.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) test-next
 	$(BIN)/pytest -m slow

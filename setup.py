@@ -40,6 +40,7 @@ setup(
             "mypy",
             "openai",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "setuptools>=77",
         ],
