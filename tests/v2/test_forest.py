@@ -30,8 +30,9 @@ def cut(
     """Plain's result, and that of an engine whose trees are cut."""
     jobs = [*batches]
     chunk_rows = options.pop("chunk_rows", None)
+    times = options.pop("step_times", STEP_TIMES)
     plain = engines.run(jobs, **options)
-    options |= FOREST | {"chunk_rows": chunk_rows}
+    options |= FOREST | {"chunk_rows": chunk_rows, "step_times": times}
     result = engines.run(jobs, {}, watch=watch, **options)
     for one, other in zip(plain["outputs"], result["outputs"], strict=True):
         assert other["tokens"] == one["tokens"]
@@ -91,6 +92,18 @@ def test_in_few_rows_and_beside_a_grammar(engines: Engines) -> None:
     batch = [request(t, max_tokens=8) for t in texts]
     batch[1] = request(texts[1], regex="[ab]{8}", max_tokens=4, ignore_eos=False)
     cut(engines, batch, chunk_rows=9, async_scheduling=False)
+
+
+def test_beside_a_chain_that_is_narrower_than_an_even_share(engines: Engines) -> None:
+    """Ten nodes of two requests, of which one may have three."""
+    first, second = prompts(2, seed=61, longest=20)
+    batch = [
+        request(first, max_tokens=12, repetition_penalty=1.2),
+        request(second, max_tokens=12),
+    ]
+    times = [[12, 1.0], *([n, 9.0] for n in range(13, 64))]
+    _, result = cut(engines, batch, step_times=times)
+    assert any(nodes == 10 for nodes, _ in result["cut"])
 
 
 def test_times_are_measured_by_graph_and_told_once() -> None:

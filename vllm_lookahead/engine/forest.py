@@ -63,6 +63,7 @@ class Forest:
             request_ids: of each row; None where no tree was drafted.
             chances: [rows, most_nodes] float32, falling in each row.
         """
+        assert chances.shape[1] == len(self._typical), "a root has no chance"
         rows = {name: i for i, name in enumerate(request_ids) if name is not None}
         if rows:
             self._rows, self._chances = rows, chances

@@ -124,7 +124,10 @@ class TreeDrafter:
         num_tokens = np.array([scheduled[r] for r in inputs.req_ids])
         num_other = int(num_tokens.sum() - num_tokens[requests].sum())
         if self.ranks_nodes:
-            self.forest.cut(tree, chances, len(num_tokens), num_other)
+            # A prompt that is read in chunks says nothing yet.
+            known = inputs.num_computed_tokens_cpu[: len(num_tokens)] + num_tokens
+            says = known >= inputs.num_tokens_no_spec[: len(num_tokens)]
+            self.forest.cut(tree, chances, int(says.sum()), num_other)
         flat = lay_out(tree, batch, requests, num_tokens, runner.max_model_len)
         num_logits = np.diff(flat.logits_start)[requests].tolist()
         for b, nodes in enumerate(tree.num_nodes.tolist()):
@@ -137,8 +140,11 @@ class TreeDrafter:
     def draft_ahead(self, runner: Any, pages: BlockPages) -> dict[str, list[int]]:
         """Chains of the requests with a grammar, at the end of a step."""
         inputs = runner.input_batch
+        still_read = runner.discard_request_mask.np  # whose prompt is
         wanted = {
-            r: self.sizes[r].max_tree_size for r in inputs.req_ids if r in self.grammars
+            r: self.sizes[r].max_tree_size
+            for i, r in enumerate(inputs.req_ids)
+            if r in self.grammars and not still_read[i]
         }
         if not wanted:
             return {}
@@ -171,7 +177,7 @@ class TreeDrafter:
             self.bigram_logprobs,
             *upcoming_noise(runner, requests, self.server.ngram_size - 1),
             cpu_noise,
-            self.forest.least,
+            self.forest.least if self.ranks_nodes else 0.0,
         )
         most = self.server.verification_set_size
         ids = [inputs.req_ids[i] for i in requests.tolist()]

@@ -58,6 +58,7 @@ class Forest:
         shares = (self._kept + _PRIOR_SHARE * _PRIOR_PROMISED) / (
             self._promised + _PRIOR_PROMISED
         )
+        assert len(seconds) == 1 + num_candidates, "more tokens than a step has"
         worth = Worth(shares, seconds, per_emitted, float(num_requests))
         self.least = max(_LEAST, 0.5 * cut(tree, chances, worth))
 

@@ -150,6 +150,8 @@ class LookaheadCPUModelRunner(CPUModelRunner):
     @torch.inference_mode()
     def time_steps(self) -> None:
         """Tell the drafter what a step costs, before there is one."""
+        if not self.config.ranks_nodes or self.params.max_tree_size == 1:
+            return
 
         def run(num_tokens: int) -> None:
             hidden, _ = self._dummy_run(num_tokens)

@@ -5,7 +5,7 @@ vLLM 0.32 and 0.33 lay out the rows of a bitmask differently; `mask_starts` and
 `fit_masks` are where that is known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ def apply_grammar(
     logits: torch.Tensor,
     input_batch: InputBatch,
     grammar_output: GrammarOutput,
+    num_scheduled: Mapping[str, int],
     first: int,
     end: int,
     cu_rows: torch.Tensor,
@@ -69,6 +70,8 @@ def apply_grammar(
         logits: [rows, vocab_size] of these requests.
         input_batch: of the step.
         grammar_output: bitmasks of the requests with a grammar, whose trees are chains.
+        num_scheduled: request id -> drafts that the scheduler made masks of, of those
+            that have any; a chain that is cut has fewer.
         first, end: of the batch.
         cu_rows: [end - first + 1] int32, first row of each of them.
     """
@@ -79,9 +82,14 @@ def apply_grammar(
     if not chosen:
         return
     drafts = input_batch.num_draft_tokens_per_req
-    of_request = dict(zip(input_batch.req_ids, drafts + 1, strict=True))
-    starts = mask_starts(worker, [of_request[r] for r in ids])
-    masks = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+    fed = dict(zip(input_batch.req_ids, drafts + 1, strict=True))
+    starts = mask_starts(worker, [1 + num_scheduled.get(r, 0) for r in ids])
+    # vLLM 0.32 takes as many masks of a request as it has rows, 0.33 all of them.
+    cut = hasattr(worker, "num_bonus_tokens")
+    ends = [starts[i] + fed[ids[i]] if cut else starts[i + 1] for i in chosen]
+    masks = np.concatenate(
+        [np.arange(starts[i], e) for i, e in zip(chosen, ends, strict=True)]
+    )
     worker.apply_grammar_bitmask(
         logits,
         _Rows(req_ids, cu_rows, input_batch.cu_num_logits_np, drafts[first:end]),

@@ -96,6 +96,7 @@ class LookaheadModelRunner(BaseModelRunner):
         )
         self.tree_sampler = TreeSampler(self, self.step, self.ops, params)
         self.drafted: Copied | None = None  # of the step that is sampled
+        self.num_scheduled: dict[str, int] = {}  # drafts of its requests, by id
         # Where a step is fed the likeliest nodes of all its trees.
         self.trimmer: TreeTrimmer | None = None
         if vllm_config.speculative_config.ranks_nodes:
@@ -216,6 +217,8 @@ class LookaheadModelRunner(BaseModelRunner):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Any:
+        drafts: Mapping[str, list[int]] = scheduler_output.scheduled_spec_decode_tokens
+        self.num_scheduled = {r: len(tokens) for r, tokens in drafts.items()}
         if not dummy_run:
             self.adaptive_verification = None
             if scheduler_output.scheduled_spec_decode_tokens:

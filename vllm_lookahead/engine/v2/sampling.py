@@ -175,6 +175,7 @@ class TreeSampler:
                 logits,
                 input_batch,
                 grammar_output,
+                self.runner.num_scheduled,
                 first,
                 end,
                 cu_rows,

@@ -100,7 +100,9 @@ class LookaheadSpeculator(BaseSpeculator):
         tree, chances = self.ops.draft(self.pages, batch, hints, candidates)
         self.waiting.store(tree, chances, input_batch.idx_mapping, drafts)
         if self.runner.trimmer:
-            self.chances = Copied(self._drafting(input_batch), chances, self.runner)
+            self.chances = Copied(
+                self._drafting(input_batch), chances[:, 1:], self.runner
+            )
         return drafts
 
     def _drafting(self, input_batch: InputBatch) -> list[str | None]:

@@ -92,7 +92,9 @@ class Plan:
         scheduled[:] = input_batch.num_scheduled_tokens
         fed[:], verified[:] = 1, 1
         fed[:d] = (scheduled if even is None else even)[:d]
-        verified[:d] = np.minimum(fed[:d], table[VERIFIED, :d])
+        verified[:d] = fed[:d]  # of all trees together, where they are cut; no window
+        if even is None:
+            verified[:d] = np.minimum(fed[:d], table[VERIFIED, :d])
         window[:d] = np.where(fed[:d] == table[TREE, :d], table[WINDOW, :d], 0)
         np.cumsum(verified, out=sums[0, 1:])
         np.cumsum(window, out=sums[1, 1:])
