@@ -71,6 +71,19 @@ def test_a_step_files_only_what_is_new() -> None:
     assert (ops.tables.text != EMPTY).any()
 
 
+def test_a_page_that_lost_its_tokens_is_not_drafted_from() -> None:
+    shape, ops = Shape(0, 5, 4, vocab=30, same_sizes=True), KeepingOps()
+    state = random_state(shape, 0)
+    hints = random_hints(shape, state.n, 0)
+    hints.bigrams, state.pages.answer_count[:] = hints.bigrams[:0], 0
+    before, _ = ops.draft(state.pages, state.batch, hints, state.g)
+    assert (before.num_nodes > 1).any()
+    state.pages.tokens[:, 1::2] = EMPTY
+    tree, _ = ops.draft(state.pages, state.batch, hints, state.g)
+    for b, size in enumerate(tree.num_nodes.tolist()):
+        assert (tree.tokens[b, :size] != EMPTY).all()
+
+
 def test_a_row_is_used_again_and_starts_empty() -> None:
     pages = random_state(Shape(0, 5, 4), 0).pages
     tables = Tables()

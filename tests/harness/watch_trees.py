@@ -21,8 +21,9 @@ class WatchedTrees:
         self.trees = self.branched = self.merged = 0
         draft = runner.ops.draft
 
-        def watched(pages: Any, batch: Any, hints: Any, most: int) -> Any:
-            tree, chances = draft(pages, batch, replace(hints, least=0.0), most)
+        def watched(pages: Any, batch: Any, hints: Any, most: int, **kept: Any) -> Any:
+            hints = replace(hints, least=0.0)
+            tree, chances = draft(pages, batch, hints, most, **kept)
             self.count(tree)
             return tree, chances
 

@@ -211,10 +211,10 @@ class LookaheadScheduler(Scheduler):
         if not self.forest or not drafting:
             return self.max_nodes(output), None
         # New requests have placeholders, too, but no tree.
-        trees = drafting.keys() & self.rooms.keys()
-        narrow = sum(len(drafting[name]) for name in trees)
+        drafted = drafting.keys() & self.rooms.keys()
+        narrow = sum(len(drafting[name]) for name in drafted)
         most: dict[str, int] = {}
-        for name in trees:
+        for name in drafted:
             room, scheduled = self.rooms[name], 1 + len(drafting[name])
             most[name] = room.nodes if scheduled == room.scheduled else scheduled
         total = sum(most.values()) - len(most)
@@ -226,10 +226,17 @@ class LookaheadScheduler(Scheduler):
         chances = self.chances[: min(total, self.input_tokens - tokens)]
         best = self.forest.best(chances, tokens, emitting)
         # A LoRA adapter is told which tokens are its own by the host, and a grammar
-        # which rows: beside them, trees are cut alike.
+        # which rows: beside them, trees are cut alike, and a grammar's chain is not.
         if self.lora_config or output.has_structured_output_requests:
-            share = tree_share([*most.values()], len(most) + best) if most else 0
-            return {name: min(n, share) for name, n in most.items()}, None
+            chains = {
+                name: 1 + len(drafting[name])
+                for name in most
+                if self.requests[name].use_structured_output
+            }
+            trees = {name: n for name, n in most.items() if name not in chains}
+            best = max(0, best + len(chains) - sum(chains.values()))
+            share = tree_share([*trees.values()], len(trees) + best) if trees else 0
+            return chains | {name: min(n, share) for name, n in trees.items()}, None
         return most, best
 
     def max_nodes(self, output: SchedulerOutput) -> dict[str, int]:

@@ -155,14 +155,13 @@ def _agrees(one, other, length):
 
 
 @kernel
-def _add(tokens, scores, count, token, score):
+def _add(tokens, odds, count, token, more):
     """More odds of a token; returns how many there are."""
     for i in range(count):
         if tokens[i] == token:
-            high, low = max(scores[i], score), min(scores[i], score)
-            scores[i] = high + math.log1p(math.exp(low - high))
+            odds[i] += more
             return count
-    tokens[count], scores[count] = token, score
+    tokens[count], odds[count] = token, more
     return count + 1
 
 
@@ -186,7 +185,7 @@ def _estimate(
     context,  # [CONTEXT]
     filed,  # [CONTEXT] scratch
     tokens,  # [1 + NUM_ANSWERS + R] out
-    scores,  # [1 + NUM_ANSWERS + R] out, log-probabilities
+    scores,  # [1 + NUM_ANSWERS + R] out: odds at first, then log-probabilities
 ):
     """`core.draft.estimate.Estimator`; returns how many tokens may follow."""
     hashes, known = np.zeros(CONTEXT, np.uint64), 0
@@ -203,8 +202,10 @@ def _estimate(
         following = _text_context(
             text_tokens, ring, table, root, position, place, filed
         )
-        if _agrees(context, filed, length):
-            count = _add(tokens, scores, count, following, weights[length - 1])
+        # The page may have changed since it was filed.
+        if following != EMPTY and _agrees(context, filed, length):
+            odds = math.exp(weights[length - 1])
+            count = _add(tokens, scores, count, following, odds)
             break
     last, kept = np.uint64(answer_cells.shape[0] - 1), answers.shape[1]
     for length in range(known, 0, -1):
@@ -218,20 +219,21 @@ def _estimate(
                 token = answers[page, cell, CONTEXT + i]
                 if token != EMPTY:
                     said = np.float64(answer_logprobs[page, cell, i]) - floor
-                    score = weight * max(said, 0.0)
-                    count = _add(tokens, scores, count, token, score)
+                    odds = math.exp(weight * max(said, 0.0))
+                    count = _add(tokens, scores, count, token, odds)
             break
     if 0 <= context[0] < bigrams.shape[0]:
         for i in range(bigrams.shape[1]):
             token = bigrams[context[0], i]
             if token != EMPTY:
                 said = np.float64(bigram_logprobs[context[0], i]) - floor
-                score = weights[6] * max(said, 0.0)
-                count = _add(tokens, scores, count, token, score)
+                odds = math.exp(weights[6] * max(said, 0.0))
+                count = _add(tokens, scores, count, token, odds)
     of_all = np.float64(temperature)
     other = weights[8] + weights[9] * of_all
     top = other
     for i in range(count):
+        scores[i] = math.log(scores[i])
         if temperature > 0:
             scores[i] += weights[7] * of_all * _noise(seed, tokens[i])
         top = max(top, scores[i])
