@@ -16,7 +16,7 @@ from vllm_lookahead.params import MAX_TREE_NODES, METHOD, OPTIONS, LookaheadPara
 logger = init_logger("vllm.lookahead")
 
 # Without a window, whose 59 nodes of W=15, N=5 are not verified: simulated, 64 nodes of
-# candidates make 2.7 tokens a step (docs/drafting.md).
+# candidates make 2.9 tokens a step (docs/drafting.md).
 GPU_DEFAULTS = LookaheadParams(
     window_size=0, ngram_size=9, verification_set_size=32, node_budget=64
 )
