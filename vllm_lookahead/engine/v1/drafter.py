@@ -116,7 +116,7 @@ class TreeDrafter:
         placeholders = output.scheduled_spec_decode_tokens
         wanted = {r: output.max_nodes[r] for r in placeholders}
         ids, table = self._wanted(wanted, inputs, inputs.num_computed_tokens_cpu)
-        batch, tree, chances = self._grow(runner, pages, table)
+        batch, tree, chances = self._grow(runner, pages, ids, table)
         if output.paths:
             tree = self._follow(output.paths, ids, batch, tree, chances)
         requests = table[:, INDEX].copy()
@@ -150,13 +150,13 @@ class TreeDrafter:
             return {}
         position = inputs.num_tokens_no_spec - 1
         ids, table = self._wanted(wanted, inputs, position)
-        _, tree, _ = self._grow(runner, pages, table)
+        _, tree, _ = self._grow(runner, pages, ids, table)
         return dict(zip(ids, tree.chains(), strict=True))
 
     def _grow(
-        self, runner: Any, pages: BlockPages, table: np.ndarray
+        self, runner: Any, pages: BlockPages, ids: list[str], table: np.ndarray
     ) -> tuple[RequestBatch, DraftTree, torch.Tensor]:
-        """Trees of the requests in a table, and the chances of their nodes."""
+        """Trees of some requests, as `_wanted` gives them, and their nodes' chances."""
         inputs = runner.input_batch
         plain = needs_plain_rows(inputs.sampling_metadata)
         w, n, g, max_nodes = size_trees(table, runner.max_model_len, plain)
@@ -180,7 +180,6 @@ class TreeDrafter:
             self.forest.least if self.ranks_nodes else 0.0,
         )
         most = self.server.verification_set_size
-        ids = [inputs.req_ids[i] for i in requests.tolist()]
         known, tables = batch, None
         if self.corpus:
             known, hints.before = self.corpus.behind_others(batch, ids)

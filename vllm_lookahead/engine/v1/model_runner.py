@@ -127,13 +127,6 @@ class LookaheadCPUModelRunner(CPUModelRunner):
         num_blocks = kv_cache_config.num_blocks * smaller
         self.pages = BlockPages.allocate(num_blocks, block_size, self.params)
         if self.params.pool_scope == SALT:
-            refuse(
-                {
-                    'pool_scope="salt" and several kinds of K/V cache': len(groups)
-                    * smaller
-                    > 1
-                }
-            )
             self.tree_drafter.corpus = Corpus(self.pages, len(groups) * smaller == 1)
         if self.branches:
             self.slot_views = [v for kv in self.kv_caches for v in slot_views(kv)]

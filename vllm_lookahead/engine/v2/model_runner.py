@@ -177,9 +177,6 @@ class LookaheadModelRunner(BaseModelRunner):
         )
         self.speculator.pages = self.pages
         if self.lookahead.pool_scope == SALT:
-            refuse(
-                {'pool_scope="salt" and several kinds of K/V cache': len(groups) > 1}
-            )
             self.speculator.corpus = Corpus(self.pages, len(groups) == 1)
         if self.branches:
             self.slot_views = slot_views(attention_layers(self.vllm_config))
