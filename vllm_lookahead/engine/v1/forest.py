@@ -7,13 +7,7 @@ import torch
 from vllm_lookahead.core.draft.forest import NUM_BINS, Worth
 from vllm_lookahead.core.tree import DraftTree
 from vllm_lookahead.core.verify import Verdict
-from vllm_lookahead.engine.v1.step_time import (
-    DECAY,
-    FORGET,
-    UPDATE_EVERY,
-    StepTime,
-    table_of,
-)
+from vllm_lookahead.engine.v1.step_time import StepTime, table_of
 from vllm_lookahead.numba_kernels.forest import count_kept, cut
 
 # Of each bin's chances, so much was kept of so many promised drafts before any was fed.
@@ -38,7 +32,6 @@ class Forest:
         self.step_time = StepTime(table_of([], max_num_tokens))
         self.least = _LEAST
         self._promised, self._kept = np.zeros(NUM_BINS), np.zeros(NUM_BINS)
-        self._num_observed = self._num_drafts = 0
 
     def cut(
         self, tree: DraftTree, chances: torch.Tensor, num_requests: int, num_other: int
@@ -81,12 +74,8 @@ class Forest:
             Whether `step_time` learned.
         """
         count_kept(chances, verdict, self._promised, self._kept)
-        num_drafts = num_tokens - len(chances)
-        self._num_observed += 1
-        self._num_drafts += num_drafts
-        if self._num_observed == UPDATE_EVERY:
-            decay = DECAY * (1.0 if self._num_drafts else FORGET)
-            self._promised, self._kept = decay * self._promised, decay * self._kept
-            self._num_observed = self._num_drafts = 0
-        emitted = int(verdict.num_emitted.sum())
-        return self.step_time.observe(seconds, num_tokens, emitted, num_drafts)
+        emitted, num_drafts = int(verdict.num_emitted.sum()), num_tokens - len(chances)
+        left = self.step_time.observe(seconds, num_tokens, emitted, num_drafts)
+        self._promised *= left
+        self._kept *= left
+        return left < 1

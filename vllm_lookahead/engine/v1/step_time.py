@@ -17,11 +17,11 @@ _TURNS = 3
 _PER_TOKEN = 0.03
 # Steps after which an observation counts half as much as a new one; an update takes
 # 0.1 ms amid a model's step.
-UPDATE_EVERY = 16
-DECAY = 0.5 ** (UPDATE_EVERY / 500)
+_UPDATE_EVERY = 16
+_DECAY = 0.5 ** (_UPDATE_EVERY / 500)
 # What is left of all observations after an update without a draft: such steps teach
 # nothing of drafts, and those must be tried again, for the load may change.
-FORGET = 0.9
+_FORGET = 0.9
 # Steps that the table weighs as much as.
 _PRIOR_STEPS = 20.0
 # Least slope, as a part of the table's: no token is free.
@@ -99,20 +99,25 @@ class StepTime:
 
     def observe(
         self, seconds: float, num_tokens: int, num_emitted: int, num_drafts: int
-    ) -> bool:
-        """Account for a finished step that only decoded; returns whether it learned."""
+    ) -> float:
+        """Account for a finished step that only decoded.
+
+        Returns:
+            How much of what was observed before counts from now on: less than 1 where
+            it learned, which it does every few steps.
+        """
         s = self.table[min(num_tokens, len(self.table) - 1)]
         self._steps.append((1.0, s, num_emitted, seconds, num_drafts))
-        if len(self._steps) < UPDATE_EVERY:
-            return False
+        if len(self._steps) < _UPDATE_EVERY:
+            return 1.0
         steps = np.array(self._steps)
         self._steps.clear()
-        decay = DECAY * (1.0 if steps[:, 4].any() else FORGET)
+        decay = _DECAY * (1.0 if steps[:, 4].any() else _FORGET)
         steps = steps[steps[:, 3] < 2 * np.median(steps[:, 3]), :4]  # no pauses
         self._moments = decay * self._moments + steps.T @ steps
         mean = steps.mean(0)[1:]
         self.learned.numpy()[:] = *self._slopes(*mean), *mean
-        return True
+        return decay
 
     def _slopes(self, s: float, emitted: float, seconds: float) -> np.ndarray:
         """a and d; they are not less than nothing."""
