@@ -47,6 +47,11 @@ def with_defaults(given: Mapping[str, Any], is_chain: bool = False) -> Lookahead
     return LookaheadParams(**sizes | dict(given))
 
 
+def may_rank(given: Mapping[str, Any]) -> bool:
+    """Whether sizes leave it open which nodes are fed: no budget, and no window."""
+    return "node_budget" not in given and not given.get("window_size")
+
+
 def refuse_branches(params: LookaheadParams, why: str) -> None:
     """Raise for sizes of trees that branch, where they cannot."""
     for name, most in (("window_size", 0), ("verification_set_size", 1)):
@@ -120,15 +125,13 @@ class LookaheadConfig(SpeculativeConfig):
             )
         by_hand = bool(given.keys() & WIDTHS) and params.can_branch
         sizes = asdict(params) if why_chain else given
-        ranks = "node_budget" not in given and not params.window_size
-        return cls(**sizes, ranks_nodes=ranks, asks_for_branches=by_hand)
+        return cls(**sizes, ranks_nodes=may_rank(given), asks_for_branches=by_hand)
 
     def __post_init__(self) -> None:
         named = {name: getattr(self, name) for name in OPTIONS}
         given = {name: size for name, size in named.items() if size is not None}
         if self.ranks_nodes is None:
-            fixed = "node_budget" in given or given.get("window_size")
-            self.ranks_nodes = not fixed
+            self.ranks_nodes = may_rank(given)
         sizes = with_defaults(given)
         for name, size in asdict(sizes).items():
             setattr(self, name, size)
