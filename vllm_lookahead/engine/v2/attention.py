@@ -153,9 +153,6 @@ class TreeAttention:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if isinstance(attn_metadata, LoneTokens):
-            scale = self.scale  # type: ignore[attr-defined]
-            return attn_metadata.attend(query, key, value, output, scale)
         forward = super().forward  # type: ignore[misc]
         if not isinstance(attn_metadata, TreeMetadata):
             return forward(
@@ -245,15 +242,13 @@ def install_tree_attention(
         device: of the model.
     """
     (head_size,) = {layer.head_size for layer in layers.values()}
-    mixins, scratch = (TreeAttention,), None
+    mixins: list[type] = [LoneAttention, TreeAttention]
+    scratch = None
     if current_platform.is_cpu():
-        mixins = (TreeAttention, TorchAttention)  # type: ignore[assignment]
+        mixins.append(TorchAttention)
     else:
         scratch = SplitScratch.allocate(head_size, device)
-
-    @cache
-    def tree_impl(impl: type) -> type:
-        return type(f"Tree{impl.__name__}", (*mixins, impl), {"scratch": scratch})
+    _mix_in(layers, "Tree", *mixins, scratch=scratch)
 
     @cache
     def tree_backend(backend: type) -> type:
@@ -264,15 +259,12 @@ def install_tree_attention(
         return type(f"Tree{backend.__name__}", (backend,), names)
 
     for layer in layers.values():
-        impl = layer.impl
-        layer.impl = object.__new__(tree_impl(impl.__class__))
-        vars(layer.impl).update(vars(impl), query_quant=layer.query_quant)
-        layer.query_quant = None
+        layer.impl.query_quant, layer.query_quant = layer.query_quant, None
         layer.attn_backend = tree_backend(layer.attn_backend)
 
 
 class LoneAttention:
-    """Mixed into a backend's implementation that reads no trees."""
+    """Mixed into a backend's implementation: it answers what `engine.bigrams` asks."""
 
     def forward(
         self,
@@ -296,14 +288,21 @@ class LoneAttention:
 
 def answer_lone_tokens(layers: dict[str, Attention]) -> None:
     """Teach a model's attention layers the question that `engine.bigrams` asks."""
+    _mix_in(layers, "Lone", LoneAttention)
+
+
+def _mix_in(
+    layers: dict[str, Attention], prefix: str, *mixins: type, **names: Any
+) -> None:
+    """Put classes before that of each layer's implementation, whose state stays."""
 
     @cache
-    def lone_impl(impl: type) -> type:
-        return type(f"Lone{impl.__name__}", (LoneAttention, impl), {})
+    def mixed(impl: type) -> type:
+        return type(f"{prefix}{impl.__name__}", (*mixins, impl), names)
 
     for layer in layers.values():
         impl = layer.impl
-        layer.impl = object.__new__(lone_impl(impl.__class__))
+        layer.impl = object.__new__(mixed(impl.__class__))
         vars(layer.impl).update(vars(impl))
 
 
