@@ -20,22 +20,17 @@ import torch
 from benchmarks.commit import commit
 from benchmarks.simulate.protocol import Bigrams
 from benchmarks.simulate.record import Model, Oracle
-from benchmarks.simulate.run import Served, oracles, serve
+from benchmarks.simulate.run import Served, oracles, parser_of, serve
 from benchmarks.simulate.strategies import BASELINES, settings
 from benchmarks.simulate.table import calibration, print_tables
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="any model that transformers loads")
-    add("--datasets", default="humaneval,gsm8k,mt-bench")
-    add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--strategies", default=f"{BASELINES},forest,levels")
     add("--budgets", default="4,8,16,32,64,120", help="nodes fed, the root among them")
-    add("--temperatures", default="0,0.8")
     add("--num-prompts", type=int, default=4, help="of each data set, the first ones")
-    add("--max-tokens", type=int, default=64)
     add("--output-dir", type=Path, default=Path(__file__).parents[1] / "results")
     add("--print-only", action="store_true", help="tables of the results there are")
     return parser.parse_args()

@@ -13,7 +13,6 @@ by the tokens that they add up to, before nodes are ranked, "weighted twice" by 
 square.
 """
 
-import argparse
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from benchmarks.commit import commit
 from benchmarks.simulate.ours import Ours
 from benchmarks.simulate.protocol import Bigrams, Request, Tree
 from benchmarks.simulate.record import Model, Oracle
-from benchmarks.simulate.run import Served, oracles, serve
+from benchmarks.simulate.run import Served, oracles, parser_of, serve
 from vllm_lookahead.engine.config import GPU_DEFAULTS as SIZES
 
 Share = Callable[[Sequence[np.ndarray], int], list[int]]
@@ -158,15 +157,10 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="any model that transformers loads")
-    add("--datasets", default="humaneval,gsm8k,mt-bench")
-    add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
-    add("--temperatures", default="0,0.8")
     add("--nodes", default="4,8,16,32", help="of each request, the root among them")
     add("--num-prompts", type=int, default=4, help="of each data set, the first ones")
-    add("--max-tokens", type=int, default=64)
     add("--output-dir", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from benchmarks.simulate.forest import Forest, Weights
 from benchmarks.simulate.ours import Ours
 from benchmarks.simulate.protocol import Answers, Strategy, Tree
 from benchmarks.simulate.record import Model, Oracle
-from benchmarks.simulate.run import oracles, serve
+from benchmarks.simulate.run import oracles, parser_of, serve
 from benchmarks.simulate.strategies import WEIGHTS, start, weighted
 from benchmarks.simulate.strategies import weights as fitted_weights
 from benchmarks.simulate.table import calibration
@@ -143,19 +143,14 @@ def check(samples: Samples, weights: Weights) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="any model that transformers loads")
-    add("--datasets", default="humaneval,gsm8k,mt-bench")
-    add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
     add("--strategies", default="forest")
     add("--start", default="", help="strategy whose weights grow the first trees")
     add("--budgets", default="32")
-    add("--temperatures", default="0,0.8")
     add("--skip-prompts", type=int, default=4, help="those that are measured")
     add("--num-prompts", type=int, default=4, help="of each data set, after those")
     add("--rounds", type=int, default=2, help="trees depend on weights: fit again")
-    add("--max-tokens", type=int, default=64)
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve recorded requests with a strategy, one at a time."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,22 @@ class Served:
     tokens: list[list[int]]
     nodes: list[int]
     chances: list[tuple[float, bool]]
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """What every simulation is told: a model, and which requests.
+
+    Args:
+        doc: of the module; its first line says what it does.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="any model that transformers loads")
+    add("--datasets", default="humaneval,gsm8k,mt-bench")
+    add("--data-dir", help="folder of humaneval/, gsm8k/ and mt_bench/")
+    add("--temperatures", default="0,0.8")
+    add("--max-tokens", type=int, default=64)
+    return parser
 
 
 Watch = Callable[[Strategy, Tree, Answers, list[int]], None]
