@@ -5,6 +5,8 @@ import json
 import re
 from typing import Any
 
+import pytest
+
 from tests.harness.engines import Engines
 from tests.harness.environment import HERE
 from tests.harness.jobs import (
@@ -31,6 +33,13 @@ OFF = {"lookahead": 0}
 N = 5
 CHAINS = {"window_size": 0, "ngram_size": N, "verification_set_size": 4}
 BACKENDS = ["xgrammar", "guidance"]
+
+
+def cases(*always: tuple[str, bool]) -> list[Any]:
+    """Backend, and whether steps are scheduled ahead: some, and slowly the others."""
+    others = [(b, ahead) for b in BACKENDS for ahead in (False, True)]
+    slow = [pytest.param(*c, marks=pytest.mark.slow) for c in others if c not in always]
+    return [*always, *slow]
 
 
 def options_of(backend: str, ahead: bool, **more: Any) -> dict[str, Any]:

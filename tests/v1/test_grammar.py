@@ -8,9 +8,7 @@ from tests.harness.engines import Engines
 from tests.harness.grammars import BACKENDS
 from tests.v1.test_lossless import DEFAULT, FULL
 
-ONE_OF_EACH = [("xgrammar", True), ("guidance", False)]
-OTHERS = [("xgrammar", False), ("guidance", True)]
-CASES = [*ONE_OF_EACH, *(pytest.param(*c, marks=pytest.mark.slow) for c in OTHERS)]
+CASES = grammars.cases(("xgrammar", True), ("guidance", False))
 
 
 @pytest.mark.parametrize(("backend", "ahead"), CASES)

@@ -13,9 +13,7 @@ from tests.harness import grammars
 from tests.harness.engines import Engines
 from vllm_lookahead.engine.v2.grammar import apply_grammar
 
-CASES = [("xgrammar", True)]
-OTHERS = [("xgrammar", False), ("guidance", False), ("guidance", True)]
-CASES = [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in OTHERS)]
+CASES = grammars.cases(("xgrammar", True))
 
 
 @pytest.mark.parametrize(("backend", "ahead"), CASES)
