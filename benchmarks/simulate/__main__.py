@@ -76,6 +76,7 @@ def main() -> None:
     temperatures = [float(t) for t in args.temperatures.split(",")]
     strategies, datasets = args.strategies.split(","), args.datasets.split(",")
     model = None if args.print_only else Model.load(args.model)
+    made_of = commit()  # before a result is written over another
     results: dict[tuple[str, float], dict[str, Any]] = {}
     for dataset in datasets:
         for temperature in temperatures:
@@ -102,7 +103,7 @@ def main() -> None:
                 for strategy in strategies:
                     for budget in budgets:
                         cell = measure(*run, strategy, budget, args.max_tokens)
-                        cell["commit"] = commit()
+                        cell["commit"] = made_of
                         raw["cells"].setdefault(strategy, {})[str(budget)] = cell
                         print(
                             f"{dataset}, {temperature:g}, {strategy}, {budget}: "
